@@ -1,0 +1,1 @@
+"""OrthoRank for vLLM."""
