@@ -1,0 +1,5 @@
+"""Attention of a sparse set of queries over vLLM's paged KV cache."""
+
+from orthorank_vllm.attention.cpu import CpuSparseAttention as SparseAttention
+
+__all__ = ["SparseAttention"]

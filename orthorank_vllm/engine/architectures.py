@@ -1,0 +1,68 @@
+"""Which architectures have an OrthoRank version, and how vLLM is told to load it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from orthorank_vllm.config import OptionError
+
+# vLLM's architecture name to ours.
+ORTHORANK_OF = {"LlamaForCausalLM": "OrthoRankLlamaForCausalLM"}
+
+
+class SwapArchitecture:
+    """`hf_overrides` that a user gave as a function, followed by ours.
+
+    A class, not a closure: vLLM pickles the overrides into its workers.
+    """
+
+    def __init__(self, user_overrides: Callable[[Any], Any]) -> None:
+        self._user_overrides = user_overrides
+
+    def __call__(self, hf_config: Any) -> Any:
+        hf_config = self._user_overrides(hf_config)
+        architectures = getattr(hf_config, "architectures", None)
+        # vLLM also calls this on an empty configuration, to learn the model type.
+        if architectures:
+            hf_config.architectures = orthorank_architectures(architectures)
+        return hf_config
+
+
+def orthorank_architectures(architectures: list[str]) -> list[str]:
+    """
+    Raises:
+        OptionError: none of the model's architectures has an OrthoRank version.
+    """
+    for architecture in architectures:
+        if architecture in ORTHORANK_OF.values():
+            return [architecture]
+        if architecture in ORTHORANK_OF:
+            return [ORTHORANK_OF[architecture]]
+    raise OptionError(
+        f"--orthorank-ratio: not possible with the architecture {', '.join(architectures)}; "
+        f"supported are {', '.join(ORTHORANK_OF)}"
+    )
+
+
+def hf_overrides_for(engine_args: Any) -> Any:
+    """The `hf_overrides` with which vLLM loads the OrthoRank version of a model.
+
+    Args:
+        engine_args: vLLM's `EngineArgs`, unchanged.
+
+    Raises:
+        OptionError: the architecture is not supported.
+    """
+    from vllm.transformers_utils.config import get_config
+
+    given = engine_args.hf_overrides
+    if callable(given):
+        return given if isinstance(given, SwapArchitecture) else SwapArchitecture(given)
+    hf_config = get_config(
+        engine_args.hf_config_path or engine_args.model,
+        engine_args.trust_remote_code,
+        engine_args.revision,
+        engine_args.code_revision,
+        engine_args.config_format,
+        hf_overrides_kw={k: v for k, v in given.items() if not isinstance(v, dict)},
+    )
+    return {**given, "architectures": orthorank_architectures(hf_config.architectures or [])}

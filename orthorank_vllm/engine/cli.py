@@ -1,0 +1,73 @@
+"""The flags of `vllm serve`."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from orthorank_vllm.config import (
+    DEFAULT_WINDOW,
+    OPTION_NAMES,
+    OptionError,
+    parse_keep,
+    parse_layers,
+    parse_profile,
+    parse_ratio,
+    parse_window,
+)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the group of options to vLLM's parser; a second call changes nothing."""
+    if "--orthorank-ratio" in parser._option_string_actions:
+        return
+    group = parser.add_argument_group(
+        title="OrthoRank",
+        description="Sparse prefill: in some layers only the prompt tokens most orthogonal to "
+        "the first token are computed. Decode is not changed.",
+    )
+    group.add_argument(
+        "--orthorank-ratio",
+        type=_type("ratio", parse_ratio),
+        help="Fraction of the prompt's token-layer updates to skip, from 0 to below 1 - keep. "
+        "0 or absent: stock vLLM.",
+    )
+    group.add_argument(
+        "--orthorank-keep",
+        type=_type("keep", parse_keep),
+        help="Fraction of the tokens that a selective layer updates (default: 1/3).",
+    )
+    group.add_argument(
+        "--orthorank-window",
+        type=_type("window", parse_window),
+        help="Prompt positions that compete with each other; 0 is the whole prompt "
+        f"(default: {DEFAULT_WINDOW}).",
+    )
+    group.add_argument(
+        "--orthorank-layers",
+        type=_type("layers", parse_layers),
+        help="The selective layers, such as 7,26,14 (default: from the model's profile).",
+    )
+    group.add_argument(
+        "--orthorank-profile",
+        type=_type("profile", parse_profile),
+        help="A file with the model's layers in the order in which to make them selective "
+        "(default: the shipped profile of this model, if there is one).",
+    )
+
+
+def given_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that the command line set, by their names offline."""
+    values = {name: getattr(args, f"orthorank_{name}", None) for name in OPTION_NAMES}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _type(name: str, parse: Callable[[object], Any]) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except OptionError as error:
+            # argparse names the option itself.
+            message = str(error).removeprefix(f"--orthorank-{name} ")
+            raise argparse.ArgumentTypeError(message) from None
+
+    return convert

@@ -1,0 +1,41 @@
+"""From the options to an engine configuration that every worker can follow."""
+
+from collections.abc import Callable
+from typing import Any
+
+from orthorank_vllm.config import Options, resolve
+from orthorank_vllm.engine.architectures import hf_overrides_for
+from orthorank_vllm.engine.refusals import check_supported
+from orthorank_vllm.metrics import prepare_server
+from orthorank_vllm.profiles import model_shape
+
+
+def configure(
+    engine_args: Any, create_engine_config: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """`EngineArgs.create_engine_config`, with OrthoRank where it was asked for.
+
+    The options are `additional_config["orthorank"]`; in the result they are
+    replaced by the resolved ones, so that a worker reads no file. A ratio of 0
+    leaves no trace of OrthoRank: the configuration, and its hash, are stock.
+
+    Raises:
+        OptionError: see `config` and `refusals`.
+    """
+    additional = engine_args.additional_config
+    if not isinstance(additional, dict) or "orthorank" not in additional:
+        return create_engine_config(engine_args, *args, **kwargs)
+    options = Options.from_mapping(additional["orthorank"])
+    if not options.is_active:
+        engine_args.additional_config = {k: v for k, v in additional.items() if k != "orthorank"}
+        return create_engine_config(engine_args, *args, **kwargs)
+    engine_args.hf_overrides = hf_overrides_for(engine_args)
+    vllm_config = create_engine_config(engine_args, *args, **kwargs)
+    check_supported(vllm_config)
+    config = resolve(options, model_shape(vllm_config.model_config.hf_text_config))
+    vllm_config.additional_config = {
+        **vllm_config.additional_config,
+        "orthorank": config.as_dict(),
+    }
+    prepare_server()
+    return vllm_config

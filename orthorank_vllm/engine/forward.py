@@ -1,0 +1,198 @@
+"""The sparse forward: stock layers, of which the selective ones update few rows.
+
+Works on vLLM's own modules from outside: the compiled model is not entered and
+no layer is replaced, so the dense path stays bit-identical to stock vLLM.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from orthorank_vllm.attention import SparseAttention
+from orthorank_vllm.engine.sinks import SinkTable
+from orthorank_vllm.plan import Plan
+from orthorank_vllm.selection import Competition, score, select
+
+
+@dataclass
+class Step:
+    """What the selective layers of one forward share.
+
+    Attributes:
+        sink_slots: [R] rows of the sink table, one for each competing request.
+        fresh_rows, fresh_slots: rows of this batch that are a position 0, and
+            the slots that they renew.
+        duplicates: [] int64, on the device: rows that stand twice in a
+            selection, summed over the layers.
+    """
+
+    competition: Competition
+    attention: SparseAttention
+    sink_slots: torch.Tensor
+    fresh_rows: torch.Tensor
+    fresh_slots: torch.Tensor
+    duplicates: torch.Tensor
+
+
+def sparse_forward(
+    model: Any,
+    selective: dict[int, int],
+    sinks: SinkTable,
+    plan: Plan,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prefill with the selective layers in place.
+
+    Args:
+        model: vLLM's `LlamaModel` or one with the same parts
+            (vllm/model_executor/models/llama.py).
+        selective: layer index to its row in the sink table.
+        input_ids, positions: [tokens].
+
+    Returns:
+        [tokens, hidden] final normalised states, and the number of token
+        updates skipped, [] int64 on the device.
+    """
+    step = _start_step(model, selective, sinks, plan, positions.device)
+    stream = model.embed_input_ids(input_ids)
+    # vLLM's layers hand on the residual stream in two summands, (delta, stream).
+    delta: torch.Tensor | None = None
+    for index in range(model.start_layer, model.end_layer):
+        layer = model.layers[index]
+        if index in selective:
+            stream = _selective_layer(
+                layer, step, sinks.rows[selective[index]], positions, stream, delta
+            )
+            delta = None
+        else:
+            delta, stream = _dense_layer(layer, positions, stream, delta)
+    hidden, _ = _norm(model.norm, stream, delta)
+    skipped = len(selective) * (plan.num_tokens - plan.num_selected) + step.duplicates
+    return hidden, skipped
+
+
+def sink_states(model: Any, selective: dict[int, int], tokens: torch.Tensor) -> torch.Tensor:
+    """Position 0's normalised state in each selective layer, for some token ids.
+
+    Attention over a single key returns its value, so no KV cache is touched.
+
+    Args:
+        tokens: [M] int64.
+
+    Returns:
+        [selective layers, M, hidden].
+    """
+    states = []
+    stream = model.embed_input_ids(tokens)
+    delta: torch.Tensor | None = None
+    for index in range(model.start_layer, model.end_layer):
+        layer = model.layers[index]
+        normed, stream = _norm(layer.input_layernorm, stream, delta)
+        delta = None
+        if index in selective:
+            states.append(normed)
+            continue
+        attn = layer.self_attn
+        qkv, _ = attn.qkv_proj(normed)
+        value = qkv[:, -attn.kv_size :].unflatten(-1, (attn.num_kv_heads, attn.head_dim))
+        per_head = value.repeat_interleave(attn.num_heads // attn.num_kv_heads, dim=1)
+        output, _ = attn.o_proj(per_head.flatten(1))
+        normed, stream = layer.post_attention_layernorm(output, stream)
+        delta = layer.mlp(normed)
+    return torch.stack(states)
+
+
+def _start_step(
+    model: Any,
+    selective: dict[int, int],
+    sinks: SinkTable,
+    plan: Plan,
+    device: torch.device,
+) -> Step:
+    tokens = plan.first_token.tolist()
+    slots, missing = sinks.reserve(tokens)
+    in_batch = [r for r, row in enumerate(plan.sink_row.tolist()) if row >= 0]
+    fresh = {tokens[r] for r in in_batch}
+    missing = [token for token in missing if token not in fresh]
+
+    def on_device(values: Any) -> torch.Tensor:
+        return torch.as_tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+
+    if missing:
+        slot_of_token = dict(zip(tokens, slots, strict=True))
+        sinks.rows.index_copy_(
+            1,
+            on_device([slot_of_token[token] for token in missing]),
+            sink_states(model, selective, on_device(missing)),
+        )
+    return Step(
+        competition=Competition.of(plan, device),
+        attention=SparseAttention(plan),
+        sink_slots=on_device(slots),
+        fresh_rows=on_device(plan.sink_row[in_batch]),
+        fresh_slots=on_device([slots[r] for r in in_batch]),
+        duplicates=torch.zeros((), dtype=torch.int64, device=device),
+    )
+
+
+def _norm(
+    norm: Any, stream: torch.Tensor, delta: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if delta is None:
+        return norm(stream), stream
+    normed, stream = norm(delta, stream)
+    return normed, stream
+
+
+def _dense_layer(
+    layer: Any, positions: torch.Tensor, stream: torch.Tensor, delta: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if delta is None:
+        delta, stream = layer(positions, stream, None)
+    else:
+        delta, stream = layer(positions, delta, stream)
+    return delta, stream
+
+
+def _selective_layer(
+    layer: Any,
+    step: Step,
+    sink_rows: torch.Tensor,
+    positions: torch.Tensor,
+    stream: torch.Tensor,
+    delta: torch.Tensor | None,
+) -> torch.Tensor:
+    """One selective layer.
+
+    Args:
+        sink_rows: [capacity, hidden], this layer's part of the sink table.
+
+    Returns:
+        [tokens, hidden] the residual stream, its selected rows updated.
+    """
+    normed, stream = _norm(layer.input_layernorm, stream, delta)
+    sink_rows.index_copy_(0, step.fresh_slots, normed[step.fresh_rows])
+    rows = select(
+        score(
+            normed[step.competition.candidates],
+            sink_rows[step.sink_slots],
+            step.competition.request,
+        ),
+        step.competition,
+    )
+    step.duplicates += (rows[1:] == rows[:-1]).sum()
+
+    attn = layer.self_attn
+    qkv, _ = attn.qkv_proj(normed)
+    query, key, value = qkv.split([attn.q_size, attn.kv_size, attn.kv_size], dim=-1)
+    query, key = attn.rotary_emb(positions, query, key)
+    step.attention.write_kv(attn.attn, key, value)
+    if not len(rows):
+        return stream
+    output = step.attention(attn.attn, query[rows], key, value, positions[rows])
+    output, _ = attn.o_proj(output)
+    normed, updated = layer.post_attention_layernorm(output, stream[rows])
+    updated = updated + layer.mlp(normed)
+    return stream.index_copy_(0, rows, updated)

@@ -1,0 +1,61 @@
+"""Model Runner V1: make each forward's plan and hand it to the model.
+
+vllm/v1/worker/gpu_model_runner.py: `_model_forward` is called by `execute_model`
+alone, never by warm-up, and is documented as the place to override.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from orthorank_vllm.plan import Batch
+
+_MARK = "_orthorank_hook"
+
+
+def batch_of(runner: Any) -> Batch:
+    """This step's requests, from the runner's host-side arrays (no device access)."""
+    inputs = runner.input_batch
+    num_reqs = inputs.num_reqs
+    return Batch(
+        num_computed=inputs.num_computed_tokens_cpu[:num_reqs].astype(np.int64),
+        query_len=np.diff(runner.query_start_loc.np[: num_reqs + 1]).astype(np.int64),
+        prompt_len=inputs.num_prompt_tokens[:num_reqs].astype(np.int64),
+        first_token=inputs.token_ids_cpu[:num_reqs, 0].astype(np.int64),
+    )
+
+
+def with_plan(model_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`_model_forward`, with the plan as one more model input where one is needed."""
+
+    @functools.wraps(model_forward)
+    def _model_forward(self: Any, *args: Any, **model_kwargs: Any) -> Any:
+        orthorank = getattr(self.get_model(), "orthorank", None)
+        if orthorank is None:
+            return model_forward(self, *args, **model_kwargs)
+        batch = batch_of(self)
+        plan = orthorank.plan(batch)
+        if plan is not None:
+            model_kwargs["orthorank_plan"] = plan
+        output = model_forward(self, *args, **model_kwargs)
+        orthorank.count(batch, plan)
+        return output
+
+    setattr(_model_forward, _MARK, True)
+    return _model_forward
+
+
+def hook(runner_class: type) -> None:
+    """Wrap `runner_class._model_forward`; a second call changes nothing."""
+    if not hasattr(runner_class._model_forward, _MARK):
+        runner_class._model_forward = with_plan(runner_class._model_forward)
+
+
+def unhooked(runner_class: type) -> Iterator[type]:
+    """The runner classes of this process that would run the model without a plan."""
+    if not hasattr(runner_class._model_forward, _MARK):
+        yield runner_class
+    for subclass in runner_class.__subclasses__():
+        yield from unhooked(subclass)

@@ -1,0 +1,89 @@
+"""What an OrthoRank model carries besides its stock modules."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.logger import init_logger
+
+from orthorank_vllm.config import OptionError, OrthoRankConfig
+from orthorank_vllm.engine.forward import sparse_forward
+from orthorank_vllm.engine.refusals import check_supported
+from orthorank_vllm.engine.sinks import SinkTable
+from orthorank_vllm.metrics import worker_metrics
+from orthorank_vllm.plan import Batch, Plan, make_plan
+
+# vLLM shows the log lines of its own namespace only.
+logger = init_logger("vllm.orthorank")
+
+# Beside one slot for every running request, first tokens seen lately.
+SPARE_SINK_SLOTS = 64
+
+
+class OrthoRank:
+    """The resolved configuration, the sink table and the counts of one worker."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        """
+        Raises:
+            OptionError: the engine was configured without OrthoRank's checks,
+                or for something that it cannot do.
+        """
+        settings = vllm_config.additional_config.get("orthorank")
+        if not settings or "num_layers" not in settings:
+            raise OptionError(
+                "an OrthoRank architecture was asked for by name, without its options: give "
+                '--orthorank-ratio, or additional_config["orthorank"], and leave the '
+                "architecture to the plugin"
+            )
+        check_supported(vllm_config)
+        self.config = OrthoRankConfig.from_dict(settings)
+        self._selective = {layer: i for i, layer in enumerate(self.config.layers)}
+        model_config = vllm_config.model_config
+        self._sinks = SinkTable(
+            num_selective=len(self.config.layers),
+            capacity=vllm_config.scheduler_config.max_num_seqs + SPARE_SINK_SLOTS,
+            hidden_size=model_config.get_hidden_size(),
+            dtype=model_config.dtype,
+            device=torch.get_default_device(),
+        )
+        self._metrics = worker_metrics(vllm_config)
+        self._skipped: torch.Tensor | None = None
+        logger.info(self.config.describe())
+        if not self.config.measured:
+            logger.warning(
+                "OrthoRank has no measured layer order for this model: its layers are evenly "
+                "spaced, which costs quality. Measure one with `orthorank calibrate`, or give "
+                "--orthorank-profile or --orthorank-layers."
+            )
+
+    def plan(self, batch: Batch) -> Plan | None:
+        """The competition of one forward, None if it is a dense one."""
+        return make_plan(batch, self.config.keep, self.config.window)
+
+    def forward(
+        self, model: nn.Module, plan: Plan, input_ids: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """See `sparse_forward`."""
+        hidden, self._skipped = sparse_forward(
+            model, self._selective, self._sinks, plan, input_ids, positions
+        )
+        return hidden
+
+    def count(self, batch: Batch, plan: Plan | None) -> None:
+        """Count one forward's prompt tokens and their updates, after it ran."""
+        prompt_tokens = int(batch.prompt_tokens.sum())
+        if not prompt_tokens:
+            return
+        skipped = 0
+        if plan is not None:
+            if self._skipped is None:
+                raise RuntimeError("OrthoRank made a plan and the model ran without it")
+            skipped = int(self._skipped)
+            self._skipped = None
+        updates = prompt_tokens * self.config.num_layers - skipped
+        self._metrics.count(prompt_tokens, updates, skipped)
+
+    def forget_sinks(self) -> None:
+        """To be called when the weights change."""
+        self._sinks.clear()

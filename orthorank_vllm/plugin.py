@@ -1,0 +1,172 @@
+"""vLLM's entry point: every touch on vLLM's globals is made here.
+
+`register` runs in every process of vLLM, before anything else of it does. Each
+function below says why the patch is needed and what breaks it.
+"""
+
+import functools
+import importlib
+import sys
+from typing import Any
+
+from orthorank_vllm.config import OptionError
+from orthorank_vllm.engine.architectures import ORTHORANK_OF
+
+# Every name in vLLM that is wrapped, subclassed or called, as module:attributes.
+SEAMS = (
+    "vllm.engine.arg_utils:EngineArgs.add_cli_args",
+    "vllm.engine.arg_utils:EngineArgs.from_cli_args",
+    "vllm.engine.arg_utils:EngineArgs.create_engine_config",
+    "vllm.transformers_utils.config:get_config",
+    "vllm.model_executor.models:ModelRegistry.register_model",
+)
+WORKER_SEAMS = (
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_model",
+    "vllm.model_executor.models.llama:LlamaForCausalLM",
+    "vllm.model_executor.layers.attention.attention:get_attention_context",
+    "vllm.model_executor.layers.attention.attention:unified_kv_cache_update",
+    "vllm._custom_ops:cpu_attn_get_scheduler_metadata",
+    "vllm._custom_ops:cpu_attn_reshape_and_cache",
+    "vllm._custom_ops:cpu_attention_with_kv_cache",
+)
+
+_registered = False
+
+
+def register() -> None:
+    """Entry point `vllm.general_plugins`; a second call changes nothing.
+
+    Raises:
+        RuntimeError: this vLLM lacks a seam; names it.
+    """
+    global _registered
+    if _registered:
+        return
+    require_seams(SEAMS)
+    _add_flags()
+    _read_flags()
+    _configure_engine()
+    _register_architectures()
+    _registered = True
+
+
+def require_seams(seams: tuple[str, ...]) -> None:
+    """
+    Raises:
+        RuntimeError: names the first seam that this vLLM lacks.
+    """
+    for seam in seams:
+        module, _, path = seam.partition(":")
+        try:
+            functools.reduce(getattr, path.split("."), importlib.import_module(module))
+        except (ImportError, AttributeError) as error:
+            from importlib.metadata import version
+
+            raise RuntimeError(
+                f"orthorank-vllm cannot work with vLLM {version('vllm')}: it lacks {seam} "
+                f"({error}). Install a vLLM that orthorank-vllm's README lists, or uninstall "
+                "orthorank-vllm."
+            ) from None
+
+
+def _add_flags() -> None:
+    # Why: vLLM has no interface for a plugin's own flags; general plugins load
+    # just before `vllm serve` builds its parser with this function.
+    # Breaks on: add_cli_args no longer being a static method of one parser.
+    from vllm.engine.arg_utils import EngineArgs
+
+    from orthorank_vllm.engine.cli import add_flags
+
+    original = EngineArgs.add_cli_args
+
+    @functools.wraps(original)
+    def add_cli_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
+        parser = original(parser, *args, **kwargs)
+        add_flags(parser)
+        return parser
+
+    EngineArgs.add_cli_args = staticmethod(add_cli_args)
+
+
+def _read_flags() -> None:
+    # Why: the flags have to reach `additional_config`, which travels to every worker.
+    # Breaks on: from_cli_args no longer being the one way from flags to EngineArgs.
+    from vllm.engine.arg_utils import EngineArgs
+
+    from orthorank_vllm.engine.cli import given_flags
+
+    original = EngineArgs.from_cli_args.__func__
+
+    @functools.wraps(original)
+    def from_cli_args(cls: type, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        engine_args = original(cls, args, *rest, **kwargs)
+        engine_args.orthorank_from_cli = True
+        flags = given_flags(args)
+        if flags:
+            config = engine_args.additional_config
+            given = {**config.get("orthorank", {}), **flags}
+            engine_args.additional_config = {**config, "orthorank": given}
+        return engine_args
+
+    EngineArgs.from_cli_args = classmethod(from_cli_args)
+
+
+def _configure_engine() -> None:
+    # Why: the architecture has to be swapped, the layers resolved and the
+    # unsupported features refused before weights load, for `vllm serve` and `LLM` alike.
+    # Breaks on: an engine configured without create_engine_config (the workers then refuse).
+    from vllm.engine.arg_utils import EngineArgs
+
+    from orthorank_vllm.engine.configure import configure
+
+    original = EngineArgs.create_engine_config
+
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return configure(self, original, *args, **kwargs)
+        except OptionError as error:
+            if not getattr(self, "orthorank_from_cli", False):
+                raise
+            # A user's mistake on the command line: one line, no traceback.
+            print(f"vllm: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def _register_architectures() -> None:
+    # vLLM's documented interface; the names resolve in __getattr__ below.
+    from vllm.model_executor.models import ModelRegistry
+
+    for architecture in ORTHORANK_OF.values():
+        ModelRegistry.register_model(architecture, f"{__name__}:{architecture}")
+
+
+def __getattr__(name: str) -> Any:
+    """An architecture's class, looked up by vLLM only where the model is built or inspected.
+
+    That is the moment to hook the model runner: not before, so that other
+    processes, and stock models, never import or patch it.
+    """
+    if name not in ORTHORANK_OF.values():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require_seams(WORKER_SEAMS)
+    _hook_model_runner()
+    return getattr(importlib.import_module("orthorank_vllm.engine.models"), name)
+
+
+def _hook_model_runner() -> None:
+    # Why: Model Runner V1 has no interface for an extra model input.
+    # Breaks on: a runner that calls the model other than through _model_forward.
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from orthorank_vllm.engine import runner_v1
+
+    runner_v1.hook(GPUModelRunner)
+    left_out = [runner.__qualname__ for runner in runner_v1.unhooked(GPUModelRunner)]
+    if left_out:
+        raise RuntimeError(
+            f"OrthoRank would be inactive: {', '.join(left_out)} overrides _model_forward"
+        )
