@@ -47,13 +47,13 @@ def with_plan(model_forward: Callable[..., Any]) -> Callable[..., Any]:
     return _model_forward
 
 
-def hook(runner_class: type) -> None:
+def hook(runner_class: Any) -> None:
     """Wrap `runner_class._model_forward`; a second call changes nothing."""
     if not hasattr(runner_class._model_forward, _MARK):
         runner_class._model_forward = with_plan(runner_class._model_forward)
 
 
-def unhooked(runner_class: type) -> Iterator[type]:
+def unhooked(runner_class: Any) -> Iterator[Any]:
     """The runner classes of this process that would run the model without a plan."""
     if not hasattr(runner_class._model_forward, _MARK):
         yield runner_class

@@ -1,0 +1,55 @@
+"""Fixtures shared by all tests: the real model, and text to prompt it with."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = Path(os.environ.get("ORTHORANK_TEST_MODEL", ROOT / ".models" / "SmolLM2-135M-Instruct"))
+
+# Before vLLM is imported: one engine per process, all cores, nothing fetched or sent.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+@pytest.fixture(scope="session")
+def model_path() -> str:
+    """SmolLM2-135M as a normal model folder, made by `make model`."""
+    if not (MODEL / "config.json").exists():
+        pytest.fail(f"the test model is not at {MODEL}: run `make model`")
+    return str(MODEL)
+
+
+@pytest.fixture(scope="session")
+def text_tokens(model_path: str) -> list[int]:
+    """Some thousands of tokens of English: the documentation that every Python carries."""
+    from pydoc_data.topics import topics
+
+    from transformers import AutoTokenizer
+
+    text = "\n".join(topics[name] for name in sorted(topics))[:120_000]
+    return list(AutoTokenizer.from_pretrained(model_path)(text)["input_ids"])
+
+
+class Prompts:
+    """Different stretches of text, the same in every run."""
+
+    def __init__(self, tokens: list[int], seed: int) -> None:
+        self._tokens = tokens
+        self._random = random.Random(seed)
+
+    def take(self, length: int) -> list[int]:
+        start = self._random.randrange(len(self._tokens) - length)
+        return self._tokens[start : start + length]
+
+
+@pytest.fixture
+def prompts(text_tokens: list[int]) -> Prompts:
+    return Prompts(text_tokens, seed=0)

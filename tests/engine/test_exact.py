@@ -1,0 +1,225 @@
+"""The served model against the independent reference, under real schedules.
+
+Each of these breaks was made on purpose and seen by the test named with it.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import Prompts
+from tests.reference import Reference, Rule
+from tests.replay import SAFE_MARGIN, TOLERANCE, Engine, Job, Run, Verdict, replay
+
+pytestmark = pytest.mark.model
+
+LAYERS = (7, 26, 14, 25, 13, 3, 5, 17, 12, 16, 18, 6, 15)
+WINDOW = 128
+# 2,048 tokens of KV cache: enough for every test, few enough to force preemption.
+BLOCK_SIZE, NUM_BLOCKS = 32, 64
+
+
+@pytest.fixture(scope="module")
+def engine(model_path: str) -> Engine:
+    return Engine(
+        model_path,
+        enforce_eager=True,
+        max_model_len=1024,
+        max_num_seqs=16,
+        block_size=BLOCK_SIZE,
+        num_gpu_blocks_override=NUM_BLOCKS,
+        additional_config={"orthorank": {"layers": LAYERS, "window": WINDOW}},
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(model_path: str) -> Reference:
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    return Reference(model, Rule(layers=LAYERS, keep=1 / 3, window=WINDOW))
+
+
+@pytest.fixture(autouse=True)
+def _empty_prefix_cache(engine: Engine) -> None:
+    engine.llm.reset_prefix_cache()
+
+
+def check(run: Run, reference: Reference, **kwargs: Any) -> Verdict:
+    verdict = replay(run, reference, **kwargs)
+    assert verdict.compared
+    assert verdict.worst < TOLERANCE, (
+        "a wrong result"
+        if verdict.margin > SAFE_MARGIN
+        else "perhaps a choice that float noise made: take other prompts"
+    )
+    return verdict
+
+
+def test_prompts_of_different_lengths_in_one_step_equal_the_reference(
+    engine: Engine, reference: Reference, prompts: Prompts
+) -> None:
+    """Break seen: every request scored against the first request's sink."""
+    jobs = [Job(prompts.take(length), max_tokens=2) for length in (300, 7, 128, 129, 64, 513)]
+    run = engine.run(jobs)
+    assert len(run.forwards[0]) == len(jobs)
+    check(run, reference)
+
+
+def test_prefill_mixed_with_running_decodes_equals_the_reference(
+    engine: Engine, reference: Reference, prompts: Prompts
+) -> None:
+    """Break seen: decode rows left out of the selection."""
+    jobs = [
+        Job(prompts.take(length), max_tokens=tokens, arrives=arrives)
+        for length, tokens, arrives in (
+            (60, 12, 0),
+            (200, 9, 2),
+            (5, 8, 2),
+            (333, 3, 5),
+            (90, 2, 7),
+        )
+    ]
+    run = engine.run(jobs)
+    assert any(
+        {part.num_tokens for part in forward} > {1} and any(p.num_tokens == 1 for p in forward)
+        for forward in run.forwards
+    )
+    check(run, reference)
+
+
+@pytest.mark.parametrize("budget", [1, 31, 100, 128, 130])
+def test_chunks_that_end_inside_windows_equal_the_reference(
+    engine: Engine, reference: Reference, prompts: Prompts, budget: int
+) -> None:
+    """Breaks seen: windows counted from the chunk's start; position 0 taken from the chunk."""
+    job = Job(prompts.take(40 if budget == 1 else 450), max_tokens=3)
+    run = engine.run([job], budget=lambda step: budget)
+    assert run.chunks(job)[1].num_computed == budget
+    check(run, reference)
+
+
+def test_chunks_of_several_requests_share_forwards_and_equal_the_reference(
+    engine: Engine, reference: Reference, prompts: Prompts
+) -> None:
+    """Break seen: K and V of a chunk attended to without those of earlier chunks."""
+    jobs = [Job(prompts.take(length), max_tokens=4) for length in (310, 270, 150)]
+    check(engine.run(jobs, budget=lambda step: 97), reference)
+
+
+@pytest.mark.parametrize("sinks_forgotten", [False, True])
+@pytest.mark.parametrize("first_still_runs", [False, True])
+def test_a_prefix_cache_hit_equals_the_reference(
+    engine: Engine,
+    reference: Reference,
+    prompts: Prompts,
+    first_still_runs: bool,
+    sinks_forgotten: bool,
+) -> None:
+    """Position 0 is in no forward of the second request.
+
+    Break seen: a missing sink's state left at zero instead of recomputed.
+    """
+    prefix = prompts.take(10 * BLOCK_SIZE)
+    first = Job(prefix + prompts.take(37), max_tokens=8 if first_still_runs else 1)
+    second = Job(prefix + prompts.take(150), max_tokens=2, want_prompt_logprobs=False)
+    if first_still_runs:
+        second.arrives = 3
+        run = engine.run([first, second])
+        verdict = check(run, reference)
+    else:
+        before = check(engine.run([first]), reference)
+        if sinks_forgotten:
+            engine.model.orthorank.forget_sinks()
+        run = engine.run([second])
+        verdict = check(run, reference, earlier=list(before.requests.values()))
+    assert run.chunks(second)[0].num_computed == len(prefix)
+    assert verdict.requests
+
+
+def test_a_preempted_request_is_resumed_and_equals_the_reference(
+    engine: Engine, reference: Reference, prompts: Prompts
+) -> None:
+    """Break seen: tokens that a request had generated compete when they are recomputed."""
+    jobs = [Job(prompts.take(190), max_tokens=40) for _ in range(10)]
+    run = engine.run(jobs)
+    recomputed = [
+        job
+        for job in jobs
+        for earlier, later in zip(run.chunks(job), run.chunks(job)[1:], strict=False)
+        if later.num_computed < earlier.num_computed
+    ]
+    assert recomputed, "the KV cache was large enough: nothing was preempted"
+    check(run, reference)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 1])
+def test_a_prompt_of_a_special_length_equals_the_reference(
+    engine: Engine, reference: Reference, prompts: Prompts, length: int
+) -> None:
+    """Break seen: the prompt's last token not selected."""
+    check(engine.run([Job(prompts.take(length), max_tokens=3)]), reference)
+
+
+@pytest.mark.parametrize(("keep", "window"), [(0.5, 0), (0.25, 32), (0.9, 16)])
+def test_other_keeps_and_windows_equal_the_reference(
+    engine: Engine,
+    reference: Reference,
+    prompts: Prompts,
+    monkeypatch: pytest.MonkeyPatch,
+    keep: float,
+    window: int,
+) -> None:
+    """Break seen: windows of one length too many."""
+    orthorank = engine.model.orthorank
+    monkeypatch.setattr(orthorank, "config", replace(orthorank.config, keep=keep, window=window))
+    other = Reference(reference.model, Rule(layers=LAYERS, keep=keep, window=window))
+    jobs = [Job(prompts.take(length), max_tokens=2) for length in (210, 90)]
+    check(engine.run(jobs, budget=lambda step: 150), other)
+
+
+def test_counts_are_those_of_the_reference(
+    engine: Engine, reference: Reference, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Break seen: a last token that also won counted twice."""
+    counted: list[tuple[int, int, int]] = []
+    metrics = engine.model.orthorank._metrics
+    monkeypatch.setattr(metrics, "count", lambda *counts: counted.append(counts))
+    jobs = [Job(prompts.take(length), max_tokens=5) for length in (250, 1, 130, 33)]
+    verdict = check(engine.run(jobs, budget=lambda step: 140), reference)
+    requests = verdict.requests.values()
+    tokens, updates, skipped = (sum(column) for column in zip(*counted, strict=True))
+    assert tokens == sum(len(job.prompt) for job in jobs)
+    assert updates == sum(request.updates for request in requests)
+    assert skipped == sum(request.skipped for request in requests)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@given(data=st.data())
+def test_any_prompts_and_any_schedule_equal_the_reference(
+    engine: Engine, reference: Reference, text_tokens: list[int], data: st.DataObject
+) -> None:
+    """Break seen: `|cos|` without the absolute value."""
+    engine.llm.reset_prefix_cache()
+    if data.draw(st.booleans(), label="sinks forgotten"):
+        engine.model.orthorank.forget_sinks()
+    jobs = []
+    for _ in range(data.draw(st.integers(1, 4), label="requests")):
+        length = data.draw(st.integers(1, 300), label="length")
+        start = data.draw(st.integers(0, len(text_tokens) - length), label="start")
+        jobs.append(
+            Job(
+                text_tokens[start : start + length],
+                max_tokens=data.draw(st.integers(1, 5), label="max_tokens"),
+                arrives=data.draw(st.integers(0, 4), label="arrives"),
+            )
+        )
+    budgets = data.draw(st.lists(st.integers(1, 300), min_size=1, max_size=6), label="budgets")
+    run = engine.run(jobs, budget=lambda step: budgets[step % len(budgets)])
+    verdict = replay(run, reference)
+    assert verdict.compared >= len(jobs)
+    assume(verdict.worst < TOLERANCE or verdict.margin > SAFE_MARGIN)
+    assert verdict.worst < TOLERANCE

@@ -1,0 +1,236 @@
+"""OrthoRank prefill, written out plainly: what the vLLM plugin is compared against.
+
+In a selective layer only some of the prompt's tokens are updated. Per window of positions these are
+the ones whose normalised hidden state is the most orthogonal to that of the request's first token,
+the attention sink. All tokens, updated or not, leave K and V behind. (OrthoRank: Shin, Oh, Oh, ICML
+2025, arXiv 2507.03865.)
+
+A float32 implementation on the modules of transformers' Llama, Mistral and Mixtral; it shares no
+code with `orthorank_vllm`. A request is computed by a sequence of forwards, each over positions
+[start, end), so that chunked prefill, prefix-cache hits, preemption and decode can all be replayed.
+
+Shapes: T = tokens of a forward, Q = those updated, S = positions in the cache, H / G = query /
+key-value heads, D = head size.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which layers are selective (none: a dense model) and how tokens compete in them."""
+
+    layers: tuple[int, ...]
+    keep: float = 1 / 3
+    window: int = 128  # 0: the whole prompt is one window
+
+
+class Reference:
+    """The model's arithmetic: one layer's K and V, and one layer's update of some of its tokens."""
+
+    def __init__(self, model: PreTrainedModel, rule: Rule) -> None:
+        if model.dtype != torch.float32:
+            raise ValueError(f"load the model with dtype=torch.float32, not {model.dtype}")
+        if not set(rule.layers) <= set(range(len(model.model.layers))):
+            raise ValueError(f"{rule.layers}: the model has {len(model.model.layers)} layers")
+        self.model: Any = model.eval()
+        self.layers: list[Any] = list(model.model.layers)
+        self.head_size: int = self.layers[0].self_attn.head_dim
+        self.rule = rule
+        # In Mistral and some Mixtrals a query sees only this many positions, its own included.
+        self.sliding_window: int | None = getattr(model.config, "sliding_window", None)
+
+    def start(self, prompt: Sequence[int]) -> "Request":
+        return Request(self, prompt)
+
+    def embed(self, tokens: list[int]) -> torch.Tensor:
+        hidden: torch.Tensor = self.model.model.embed_tokens(
+            torch.tensor(tokens, device=self.model.device)
+        )
+        return hidden
+
+    def keys_values(
+        self, layer: Any, normed: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K, rotated, and V [G, T, D] of `normed` [T, hidden] at `positions` [T]."""
+        keys = self._heads(layer.self_attn.k_proj(normed))
+        values = self._heads(layer.self_attn.v_proj(normed))
+        return self._rotate(keys, positions), values
+
+    def update(
+        self,
+        layer: Any,
+        hidden: torch.Tensor,
+        normed: torch.Tensor,
+        positions: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        """The residual stream after `layer`, for the tokens given.
+
+        `hidden`, `normed` [Q, hidden] and `positions` [Q] are the tokens', in any selection;
+        `keys`, `values` [G, S, D] are those of positions 0 to S - 1.
+        """
+        attention = layer.self_attn
+        queries = self._rotate(self._heads(attention.q_proj(normed)), positions)
+        group = queries.shape[0] // keys.shape[0]
+        keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
+
+        distance = positions[:, None] - torch.arange(keys.shape[1], device=positions.device)
+        visible = distance >= 0
+        if self.sliding_window is not None:
+            visible &= distance < self.sliding_window
+        scores = queries @ keys.transpose(1, 2) * attention.scaling  # [H, Q, S]
+        weights = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
+        attended = (weights @ values).transpose(0, 1).flatten(1)  # [Q, H * D]
+
+        hidden = hidden + attention.o_proj(attended)
+        # Mixtral's MoE block insists on a batch dimension.
+        change: torch.Tensor = layer.mlp(layer.post_attention_layernorm(hidden)[None])[0]
+        return hidden + change
+
+    @torch.no_grad()
+    def sink(self, token: int) -> dict[int, torch.Tensor]:
+        """Per selective layer the sink's n_0 [hidden]; it depends on nothing but the token's id.
+
+        Position 0 sees only itself. Selective layers pass it through, as in any longer prompt.
+        """
+        hidden = self.embed([token])
+        position = torch.tensor([0], device=hidden.device)
+        sinks: dict[int, torch.Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            normed = layer.input_layernorm(hidden)
+            if index in self.rule.layers:
+                sinks[index] = normed[0]
+            else:
+                keys, values = self.keys_values(layer, normed, position)
+                hidden = self.update(layer, hidden, normed, position, keys, values)
+        return sinks
+
+    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """[T, heads * D] -> [heads, T, D]"""
+        return projected.unflatten(-1, (-1, self.head_size)).transpose(0, 1)
+
+    def _rotate(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        cos, sin = self.model.model.rotary_emb(heads, positions[None])
+        # It rotates a query and a key at once; here they are not of the same tokens.
+        rotated: torch.Tensor = apply_rotary_pos_emb(heads[None], heads[None], cos, sin)[0][0]
+        return rotated
+
+
+class Request:
+    """One sequence: its tokens, the K and V computed so far, and what was selected on the way."""
+
+    def __init__(self, reference: Reference, prompt: Sequence[int]) -> None:
+        if not prompt:
+            raise ValueError("an empty prompt")
+        self.reference = reference
+        self.tokens = list(prompt)
+        self.prompt_len = len(prompt)
+        # Smallest gap so far between the last selected and the first unselected candidate: where it
+        # is within float noise, another correct implementation may choose otherwise.
+        self.margin = math.inf
+        # (layer, start of the forward) -> positions updated, ascending. A forward that starts where
+        # an earlier one did, as after restart(), replaces its entries.
+        self.selected: dict[tuple[int, int], list[int]] = {}
+        # Prompt tokens x layers, everything computed so far, recomputation included.
+        self.updates = 0
+        self.skipped = 0
+        self.computed = 0  # positions 0 to computed - 1 have K and V
+        # Per layer K and V [G, computed, D]; never written in place, so that forks can share them.
+        heads, size = reference.model.config.num_key_value_heads, reference.head_size
+        nothing = torch.empty(heads, 0, size, device=reference.model.device)
+        self._cache = [(nothing, nothing) for _ in reference.layers]
+        self._sinks: dict[int, torch.Tensor] = {}  # what Reference.sink() says, once it was needed
+
+    def append(self, token: int) -> None:
+        """Adds a generated token; a forward still has to compute it."""
+        self.tokens.append(token)
+
+    @torch.no_grad()
+    def forward(self, start: int, end: int) -> torch.Tensor:
+        """Computes positions [start, end) on top of [0, start); log-probabilities [T, vocab]."""
+        if not (0 <= start <= self.computed and start < end <= len(self.tokens)):
+            raise ValueError(
+                f"[{start}, {end}): {self.computed} computed of {len(self.tokens)} tokens"
+            )
+        hidden = self.reference.embed(self.tokens[start:end])
+        positions = torch.arange(start, end, device=hidden.device)
+        for index, layer in enumerate(self.reference.layers):
+            normed = layer.input_layernorm(hidden)
+            new_keys, new_values = self.reference.keys_values(layer, normed, positions)
+            keys = torch.cat([self._cache[index][0][:, :start], new_keys], dim=1)
+            values = torch.cat([self._cache[index][1][:, :start], new_values], dim=1)
+            self._cache[index] = keys, values
+
+            updated = list(range(start, end))
+            if index in self.reference.rule.layers:
+                updated = self._select(index, normed, start, end)
+                self.selected[index, start] = updated
+            of_prompt = sum(position < self.prompt_len for position in updated)
+            self.updates += of_prompt
+            self.skipped += len(range(start, min(end, self.prompt_len))) - of_prompt
+            if updated:  # the others pass through unchanged
+                rows = torch.tensor(updated, device=hidden.device) - start
+                hidden[rows] = self.reference.update(
+                    layer, hidden[rows], normed[rows], positions[rows], keys, values
+                )
+        self.computed = end
+        model = self.reference.model
+        logits: torch.Tensor = model.lm_head(model.model.norm(hidden))
+        return logits.log_softmax(dim=-1)
+
+    def fork(self, prompt: Sequence[int], cached: int) -> "Request":
+        """A prefix-cache hit: a new request that takes this one's K and V for `cached` positions.
+
+        It inherits the margin too: what it takes over depends on the choices made here.
+        """
+        if not 0 <= cached <= min(self.computed, len(prompt)):
+            raise ValueError(f"{cached} cached of {self.computed} computed, prompt {len(prompt)}")
+        if list(prompt[:cached]) != self.tokens[:cached] or prompt[0] != self.tokens[0]:
+            raise ValueError("the prompt does not begin with the tokens that are cached")
+        other = Request(self.reference, prompt)
+        other.margin = self.margin
+        other._cache, other.computed = self._cache, self.computed
+        other.restart(cached)
+        return other
+
+    def restart(self, cached: int = 0) -> None:
+        """Preemption: K and V past the first `cached` positions are lost, the tokens stay."""
+        if not 0 <= cached <= self.computed:
+            raise ValueError(f"{cached} cached of {self.computed} computed")
+        self._cache = [(keys[:, :cached], values[:, :cached]) for keys, values in self._cache]
+        self.computed = cached
+
+    def _select(self, index: int, normed: torch.Tensor, start: int, end: int) -> list[int]:
+        """The positions of [start, end) that selective layer `index` updates, ascending."""
+        rule = self.reference.rule
+        last = self.prompt_len - 1
+        selected = {position for position in range(start, end) if position >= last}
+
+        parts: dict[int, list[int]] = {}  # window -> its prompt positions in this forward
+        for position in range(start, min(end, self.prompt_len)):
+            parts.setdefault(position // (rule.window or self.prompt_len), []).append(position)
+        if not parts:
+            return sorted(selected)
+
+        if start > 0 and not self._sinks:
+            self._sinks = self.reference.sink(self.tokens[0])
+        sink = normed[0] if start == 0 else self._sinks[index]
+        cosines = F.cosine_similarity(normed, sink[None], dim=-1).abs().tolist()
+        for part in parts.values():
+            count = math.ceil(rule.keep * len(part) - 1e-9)
+            # Position 0 counts in the part's size but is no candidate.
+            ranked = sorted((cosines[position - start], position) for position in part if position)
+            selected.update(position for _, position in ranked[:count])
+            if 0 < count < len(ranked):
+                self.margin = min(self.margin, ranked[count][0] - ranked[count - 1][0])
+        return sorted(selected)

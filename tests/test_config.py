@@ -1,0 +1,161 @@
+"""What a user may ask for, and the one line that answers what he may not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orthorank_vllm.config import OptionError, Options, OrthoRankConfig, resolve
+from orthorank_vllm.profiles import Profile
+
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "rope_theta": 100000.0,
+    "vocab_size": 49152,
+}
+UNKNOWN = {**SMOLLM2, "hidden_size": 640}
+
+
+def resolved(shape: dict[str, Any] = SMOLLM2, **given: Any) -> OrthoRankConfig:
+    return resolve(Options.from_mapping(given), shape)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"ratio": -0.1}, "--orthorank-ratio -0.1"),
+        ({"ratio": 1}, "--orthorank-ratio 1"),
+        ({"ratio": float("nan")}, "--orthorank-ratio nan"),
+        ({"ratio": "a third"}, "--orthorank-ratio a third"),
+        ({"ratio": True}, "--orthorank-ratio True"),
+        ({"ratio": 0.7}, "--orthorank-ratio 0.7: not allowed, with --orthorank-keep 0.3333"),
+        ({"ratio": 0.3, "keep": 0}, "--orthorank-keep 0"),
+        ({"ratio": 0.3, "keep": 1}, "--orthorank-keep 1"),
+        ({"ratio": 0.3, "window": -1}, "--orthorank-window -1"),
+        ({"ratio": 0.3, "window": 1.5}, "--orthorank-window 1.5"),
+        ({"layers": "3,x"}, "--orthorank-layers 3,x"),
+        ({"layers": "3,3"}, "--orthorank-layers 3,3"),
+        ({"layers": [-1, 4]}, "--orthorank-layers [-1, 4]"),
+        ({"layers": []}, "--orthorank-layers []"),
+        ({"layers": [1.0]}, "--orthorank-layers [1.0]"),
+        ({"layers": [3], "profile": "p.json"}, "it excludes --orthorank-profile p.json"),
+        ({"keep": 0.5}, "--orthorank-keep 0.5: not allowed, it changes nothing without"),
+        ({"profile": "p.json"}, "--orthorank-profile p.json: not allowed, it changes nothing"),
+        ({"ratio": 0.3, "sparsity": 1}, "unknown key 'sparsity': allowed are ratio, keep"),
+        (0.3, 'additional_config["orthorank"] = 0.3'),
+    ],
+)
+def test_a_wrong_option_is_named_in_one_line(given: Any, named: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        Options.from_mapping(given)
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"layers": [30]}, "this model has layers 0 to 29"),
+        ({"layers": [3, 4], "ratio": 0.3}, "reach ratio 0.044"),
+        ({"ratio": 0.001}, "give at least 0.02222"),
+        ({"ratio": 0.6}, "needs 27 selective layers and profile smollm2-135m ranks 14"),
+        ({"ratio": 0.3, "profile": "/nowhere.json"}, "cannot be read (No such file"),
+    ],
+)
+def test_an_option_that_does_not_fit_the_model_is_named_in_one_line(
+    given: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(OptionError) as caught:
+        resolved(**given)
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_more_layers_than_an_unmeasured_model_may_lose_is_an_error() -> None:
+    with pytest.raises(OptionError, match=r"only 25 of this model's 30 may be"):
+        resolved(UNKNOWN, ratio=0.6)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("{", "it is not JSON"),
+        ("[]", 'it is not an OrthoRank profile with "format": 1'),
+        (json.dumps({"format": 1, "model": {}, "order": []}), 'its "model" must have'),
+        (json.dumps({"format": 1, "model": SMOLLM2, "order": [1, 1]}), 'its "order" must be'),
+        (json.dumps({"format": 1, "model": SMOLLM2, "order": [30]}), 'its "order" must be'),
+        (
+            json.dumps({"format": 1, "model": UNKNOWN, "order": [1]}),
+            "measured on another model (hidden_size 640 against 576)",
+        ),
+        (json.dumps({"format": 1, "model": SMOLLM2, "order": [1]}), "ranks 1"),
+    ],
+)
+def test_a_profile_that_cannot_be_used_says_why(tmp_path: Path, content: str, named: str) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(content)
+    with pytest.raises(OptionError) as caught:
+        resolved(ratio=0.3, profile=str(path))
+    assert str(path) in str(caught.value)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [{}, {"ratio": 0}, {"ratio": 0.0, "layers": [3]}])
+def test_a_ratio_of_zero_or_none_is_off(given: dict[str, Any]) -> None:
+    assert not Options.from_mapping(given).is_active
+
+
+def test_the_number_of_selective_layers_is_rounded_half_up() -> None:
+    """Break seen: 0.3 x 30 / (2/3) = 13.5 is 13.49999 in floats."""
+    assert len(resolved(ratio=0.3).layers) == 14
+    assert len(resolved(ratio=0.09).layers) == 4
+
+
+def test_the_ratio_reached_is_what_is_reported() -> None:
+    config = resolved(ratio=0.3)
+    assert config.ratio == pytest.approx(14 * (2 / 3) / 30)
+    assert "ratio 0.311 (asked for 0.3)" in config.describe()
+
+
+def test_the_shipped_profile_is_found_by_the_shape_of_the_model() -> None:
+    config = resolved(ratio=0.1)
+    assert set(config.layers) == {7, 26, 14, 25, 13}
+    assert config.source == "profile smollm2-135m"
+    assert config.measured
+
+
+def test_layers_by_hand_are_used_as_they_are_in_any_order() -> None:
+    assert resolved(layers="7,26, 14").layers == (7, 14, 26)
+    assert resolved(UNKNOWN, layers=[29, 0]).layers == (0, 29)
+
+
+def test_a_ratio_given_with_layers_may_differ_by_one_layers_share() -> None:
+    assert resolved(layers=[3, 5, 7, 9], ratio=0.1).layers == (3, 5, 7, 9)
+
+
+def test_without_a_profile_the_layers_are_evenly_spaced_and_leave_out_both_ends() -> None:
+    config = resolved(UNKNOWN, ratio=0.3)
+    assert len(config.layers) == 14
+    assert min(config.layers) >= 3
+    assert max(config.layers) <= 27
+    gaps = {b - a for a, b in zip(config.layers, config.layers[1:], strict=False)}
+    assert gaps <= {1, 2}
+    assert not config.measured
+
+
+def test_a_profile_file_gives_its_first_layers(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    Profile(name="mine", model=UNKNOWN, order=(9, 4, 2, 8)).write(path)
+    config = resolved(UNKNOWN, ratio=0.06, profile=str(path))
+    assert config.layers == (2, 4, 9)
+    assert config.source == "profile mine"
+
+
+def test_a_resolved_configuration_survives_the_way_to_a_worker() -> None:
+    config = resolved(ratio=0.3, keep=0.25, window=0)
+    assert OrthoRankConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
