@@ -15,15 +15,13 @@ class SwapArchitecture:
     A class, not a closure: vLLM pickles the overrides into its workers.
     """
 
-    def __init__(self, user_overrides: Callable[[Any], Any]) -> None:
-        self._user_overrides = user_overrides
+    def __init__(self, user_overrides: Callable[[Any], Any], architectures: list[str]) -> None:
+        self.user_overrides = user_overrides
+        self._architectures = architectures
 
     def __call__(self, hf_config: Any) -> Any:
-        hf_config = self._user_overrides(hf_config)
-        architectures = getattr(hf_config, "architectures", None)
-        # vLLM also calls this on an empty configuration, to learn the model type.
-        if architectures:
-            hf_config.architectures = orthorank_architectures(architectures)
+        hf_config = self.user_overrides(hf_config)
+        hf_config.architectures = self._architectures
         return hf_config
 
 
@@ -55,14 +53,23 @@ def hf_overrides_for(engine_args: Any) -> Any:
     from vllm.transformers_utils.config import get_config
 
     given = engine_args.hf_overrides
-    if callable(given):
-        return given if isinstance(given, SwapArchitecture) else SwapArchitecture(given)
+    if isinstance(given, SwapArchitecture):
+        return given
     hf_config = get_config(
         engine_args.hf_config_path or engine_args.model,
         engine_args.trust_remote_code,
         engine_args.revision,
         engine_args.code_revision,
         engine_args.config_format,
-        hf_overrides_kw={k: v for k, v in given.items() if not isinstance(v, dict)},
+        hf_overrides_kw=None if callable(given) else _flat(given),
+        hf_overrides_fn=given if callable(given) else None,
     )
-    return {**given, "architectures": orthorank_architectures(hf_config.architectures or [])}
+    architectures = orthorank_architectures(hf_config.architectures or [])
+    if callable(given):
+        return SwapArchitecture(given, architectures)
+    return {**given, "architectures": architectures}
+
+
+def _flat(overrides: dict[str, Any]) -> dict[str, Any]:
+    # vLLM applies nested overrides later; none of them changes an architecture.
+    return {key: value for key, value in overrides.items() if not isinstance(value, dict)}

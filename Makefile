@@ -1,0 +1,96 @@
+# Everything here runs in one virtual environment made from requirements/*.lock. `make` alone lists the targets.
+# Any variable can be set on the command line: make serve RATIO=0.2 PORT=9000
+
+VENV   = .venv
+PYTHON = python3
+MODEL  = .models/SmolLM2-135M-Instruct
+NAME   = SmolLM2-135M
+RATIO  = 0.3
+HOST   = 127.0.0.1
+PORT   = 8000
+TESTS  = tests
+ARGS   =
+# Extra options for pip, such as -q.
+PIP_FLAGS =
+# Empty serves stock vLLM, for a comparison.
+ORTHORANK = --orthorank-ratio $(RATIO)
+# One thread per core: a second thread on the same core only gets in the way of the first.
+THREADS = $(shell { nproc; lscpu -p=CORE,SOCKET | grep '^[0-9]' | sort -u | wc -l; } | sort -n | awk '$$1 > 0' | head -n 1)
+
+BIN     = $(VENV)/bin
+LOCKS   = requirements/cpu.lock requirements/dev.lock
+STAMP   = $(VENV)/.installed
+# There while an installation is under way. Found at the start of one, it means that the last did not finish.
+PARTIAL = $(VENV)/.installing
+FETCHED = .models/SmolLM2-135M-Instruct
+
+# The first two keep vLLM from sizing its KV cache by the memory that happens to be free and from dropping to one thread; the
+# last three keep it from looking outside.
+CPU_ENV = VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=$(THREADS) \
+	VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 HF_HUB_OFFLINE=1
+
+.PHONY: help venv model serve test lint bench clean distclean
+
+help:
+	@echo "make venv       the virtual environment $(VENV) (PYTHON=$(PYTHON), 3.4 GB)"
+	@echo "make model      SmolLM2-135M-Instruct in $(FETCHED) (93 MB to download)"
+	@echo "make serve      the server on $(HOST):$(PORT) (MODEL= NAME= RATIO=$(RATIO) HOST= PORT= ARGS=; ORTHORANK= is stock vLLM)"
+	@echo "make test       the tests (TESTS=$(TESTS) ARGS=)"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      prefill speed against stock vLLM (MODEL= ARGS=)"
+	@echo "make clean      removes caches and build output"
+	@echo "make distclean  removes $(VENV) and $(FETCHED) as well"
+
+venv: $(STAMP)
+	@echo "venv: $(VENV) is ready"
+
+# pip takes a half-unpacked package for an installed one, so an interrupted installation starts over.
+$(STAMP): $(LOCKS) pyproject.toml tools/vllm-metadata/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("venv: $(PYTHON) is too old, 3.11 is needed" if sys.version_info < (3, 11) else 0)'
+	@echo "venv: installing into $(VENV) (3.4 GB, some minutes)"
+	@if [ -e $(PARTIAL) ]; then rm -rf $(VENV); fi
+	@mkdir -p $(VENV) && touch $(PARTIAL)
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps $(LOCKS:%=-r %) || { \
+		echo "venv: pip failed; if it found no torch for the CPU, see the top of requirements/cpu.lock" >&2; exit 1; }
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation ./tools/vllm-metadata -e .
+	@rm $(PARTIAL) && touch $@
+
+# Only the default model can be fetched; any other is the user's own and is left to vLLM.
+model: $(STAMP)
+ifeq ($(MODEL),$(FETCHED))
+	@$(BIN)/python tools/fetch_model.py $(MODEL)
+else
+	@echo "model: using $(MODEL) as it is"
+endif
+
+# exec, here and below: signals reach the program itself and no shell stays in between.
+serve: $(STAMP) model
+	@echo "serve: $(MODEL) as $(NAME) on http://$(HOST):$(PORT), $(THREADS) threads, $(or $(ORTHORANK),stock vLLM); Ctrl-C stops it"
+	@exec env $(CPU_ENV) $(BIN)/vllm serve $(MODEL) --served-model-name $(NAME) --dtype float32 --max-model-len 8192 \
+		$(ORTHORANK) --host $(HOST) --port $(PORT) $(ARGS)
+
+# tests/conftest.py sets the rest of the environment itself, so that plain pytest works too.
+test: $(STAMP) model
+	@echo "test: pytest $(TESTS) $(ARGS)"
+	@exec env OMP_NUM_THREADS=$(THREADS) ORTHORANK_TEST_MODEL=$(abspath $(MODEL)) $(BIN)/python -m pytest $(TESTS) $(ARGS)
+
+lint: $(STAMP)
+	@echo "lint: ruff check, ruff format --check, mypy"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(STAMP) model
+	@echo "bench: prefill speed of $(MODEL), $(THREADS) threads"
+	@exec env $(CPU_ENV) $(BIN)/python -m orthorank_vllm.bench.prefill $(MODEL) $(ARGS)
+
+clean:
+	@echo "clean: removing caches and build output"
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info tools/*/build tools/*/*.egg-info
+	@find orthorank_vllm tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	@echo "distclean: removing $(VENV) and $(FETCHED)"
+	@if [ -e $(VENV)/pyvenv.cfg ] || [ -e $(PARTIAL) ]; then rm -rf $(VENV); fi
+	@rm -rf $(FETCHED)

@@ -1,0 +1,164 @@
+"""From options to vLLM's configuration, for real, without loading a weight."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from orthorank_vllm.config import OptionError
+from orthorank_vllm.engine.refusals import REFUSALS, check_supported
+
+pytestmark = pytest.mark.model
+
+
+def configured(model_path: str, orthorank: Any = None, **options: Any) -> VllmConfig:
+    if orthorank is not None:
+        options["additional_config"] = {"orthorank": orthorank}
+    return EngineArgs(model=model_path, dtype="float32", **options).create_engine_config()
+
+
+def test_the_architecture_is_swapped_and_the_options_are_resolved(model_path: str) -> None:
+    config = configured(model_path, {"ratio": 0.3})
+    assert config.model_config.architecture == "OrthoRankLlamaForCausalLM"
+    assert len(config.additional_config["orthorank"]["layers"]) == 14
+
+
+@pytest.mark.parametrize("off", [{"ratio": 0}, {}, {"ratio": 0, "layers": [3]}])
+def test_a_ratio_of_zero_is_the_stock_configuration(model_path: str, off: dict[str, Any]) -> None:
+    """Break seen: the key left in, which changes the hash of the compile cache."""
+    config, stock = configured(model_path, off), configured(model_path)
+    assert config.model_config.architecture == "LlamaForCausalLM"
+    assert config.additional_config == stock.additional_config
+    assert config.compute_hash() == stock.compute_hash()
+
+
+def test_two_ratios_never_share_a_compile_cache(model_path: str) -> None:
+    hashes = {configured(model_path, {"ratio": r}).compute_hash() for r in (0.1, 0.2, 0.3)}
+    assert len(hashes) == 3
+
+
+def test_options_of_other_plugins_are_kept(model_path: str) -> None:
+    args = EngineArgs(
+        model=model_path, additional_config={"other": {"x": 1}, "orthorank": {"ratio": 0.3}}
+    )
+    assert args.create_engine_config().additional_config["other"] == {"x": 1}
+
+
+def test_the_same_arguments_can_be_configured_twice(model_path: str) -> None:
+    args = EngineArgs(model=model_path, additional_config={"orthorank": {"ratio": 0.3}})
+    first, second = args.create_engine_config(), args.create_engine_config()
+    assert first.additional_config == second.additional_config
+
+
+def test_overrides_that_a_user_gave_are_kept(model_path: str) -> None:
+    """Break seen: `--hf-overrides` replaced by ours."""
+    config = configured(model_path, {"ratio": 0.3}, hf_overrides={"rope_theta": 5e4})
+    assert config.model_config.hf_config.rope_theta == 5e4
+    assert config.model_config.architecture == "OrthoRankLlamaForCausalLM"
+
+
+def halve_the_context(hf_config: Any) -> Any:
+    hf_config.max_position_embeddings = 4096
+    return hf_config
+
+
+def test_overrides_given_as_a_function_are_kept(model_path: str) -> None:
+    config = configured(model_path, {"ratio": 0.3}, hf_overrides=halve_the_context)
+    assert config.model_config.max_model_len == 4096
+    assert config.model_config.architecture == "OrthoRankLlamaForCausalLM"
+
+
+def test_an_unsupported_model_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OptionError, match="GPT2LMHeadModel; supported are LlamaForCausalLM"):
+        configured(str(tmp_path), {"ratio": 0.3}, skip_tokenizer_init=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"enable_lora": True}, "--enable-lora"),
+        ({"tensor_parallel_size": 3}, "--tensor-parallel-size 3"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        ({"runner": "pooling"}, "--runner pooling"),
+        ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+        ({"cpu_offload_gb": 1}, "--cpu-offload-gb 1"),
+        ({"hf_overrides": {"is_causal": False}}, "is_causal false"),
+        ({"compilation_config": {"mode": 1}}, "--compilation-config mode STOCK_TORCH_COMPILE"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "--kv-transfer-config ExampleConnector",
+        ),
+        ({"speculative_config": {"num_speculative_tokens": 2}}, "--speculative-config"),
+    ],
+)
+def test_a_feature_that_cannot_be_right_is_refused_by_name(
+    model_path: str, options: dict[str, Any], named: str
+) -> None:
+    if "kv_transfer_config" in options:
+        from vllm.config import KVTransferConfig
+
+        options = {"kv_transfer_config": KVTransferConfig(**options["kv_transfer_config"])}
+    if "speculative_config" in options:
+        options = {"speculative_config": {"model": model_path, "num_speculative_tokens": 2}}
+    with pytest.raises(OptionError) as caught:
+        configured(model_path, {"ratio": 0.3}, **options)
+    assert str(caught.value).startswith(named)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("variable", ["VLLM_BATCH_INVARIANT", "VLLM_USE_BREAKABLE_CUDAGRAPH"])
+def test_an_environment_that_cannot_be_right_is_refused_by_name(
+    model_path: str, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(model_path)
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(OptionError, match=f"{variable} 1"):
+        check_supported(config)
+
+
+# Features that vLLM itself does not offer on this machine: set in a real
+# configuration after the fact.
+ELSEWHERE = {
+    "device": ("device_config", "device_type", "cuda"),
+    "--decode-context-parallel-size": ("parallel_config", "decode_context_parallel_size", 2),
+    "--prefill-context-parallel-size": ("parallel_config", "prefill_context_parallel_size", 2),
+    "--enable-dbo": ("parallel_config", "enable_dbo", True),
+    "--kv-cache-dtype": ("cache_config", "cache_dtype", "fp8"),
+    "--enable-sleep-mode": ("model_config", "enable_sleep_mode", True),
+    "multimodal input": ("model_config", "multimodal_config", SimpleNamespace()),
+}
+
+
+@pytest.fixture
+def vllm_config(model_path: str) -> VllmConfig:
+    return configured(model_path)
+
+
+@pytest.mark.parametrize("option", ELSEWHERE)
+def test_a_feature_of_other_machines_is_refused_by_name(
+    vllm_config: VllmConfig, option: str
+) -> None:
+    part, attribute, value = ELSEWHERE[option]
+    object.__setattr__(getattr(vllm_config, part), attribute, value)
+    with pytest.raises(OptionError) as caught:
+        check_supported(vllm_config)
+    assert str(caught.value).startswith(option)
+
+
+def test_a_stock_configuration_is_supported(vllm_config: VllmConfig) -> None:
+    check_supported(vllm_config)
+
+
+def test_n_gram_speculation_is_supported(model_path: str) -> None:
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+    configured(model_path, {"ratio": 0.3}, speculative_config=ngram)
+
+
+def test_every_refusal_gives_a_reason() -> None:
+    assert all(refusal.option and refusal.reason for refusal in REFUSALS)

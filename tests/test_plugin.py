@@ -1,0 +1,66 @@
+"""What `register` does to vLLM, and what it refuses to do without."""
+
+import subprocess
+import sys
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models import ModelRegistry
+
+from orthorank_vllm import plugin
+
+
+def test_registering_twice_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin.register()
+    before = EngineArgs.add_cli_args, EngineArgs.create_engine_config
+    plugin.register()
+    assert (EngineArgs.add_cli_args, EngineArgs.create_engine_config) == before
+
+
+def test_the_architectures_are_known_to_vllm() -> None:
+    plugin.register()
+    assert "OrthoRankLlamaForCausalLM" in ModelRegistry.get_supported_archs()
+
+
+def test_every_seam_is_in_this_vllm() -> None:
+    plugin.require_seams(plugin.SEAMS)
+    plugin.require_seams(plugin.WORKER_SEAMS)
+
+
+@pytest.mark.parametrize(
+    "seam",
+    ["vllm.engine.arg_utils:EngineArgs.add_flags", "vllm.no_such_module:anything"],
+)
+def test_a_missing_seam_is_named(seam: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"cannot work with vLLM .*: it lacks {seam}"):
+        plugin.require_seams((seam,))
+
+
+def test_a_runner_that_would_run_without_plans_stops_the_start_up() -> None:
+    """Break seen: a subclass that overrides `_model_forward` and serves densely, in silence."""
+    code = """
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+class OtherRunner(GPUModelRunner):
+    def _model_forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+import orthorank_vllm.plugin
+try:
+    orthorank_vllm.plugin.OrthoRankLlamaForCausalLM
+except RuntimeError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "OrthoRank would be inactive: OtherRunner overrides _model_forward" in result.stdout
+
+
+def test_a_process_that_runs_no_model_leaves_the_runner_alone() -> None:
+    code = """
+import sys
+from orthorank_vllm.plugin import register
+register()
+print("vllm.v1.worker.gpu_model_runner" in sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.split()[-1] == "False"
