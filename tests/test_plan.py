@@ -13,8 +13,8 @@ from orthorank_vllm.plan import Batch, Plan, make_plan
 
 def batch(*requests: tuple[int, int, int]) -> Batch:
     """(tokens computed, tokens in this forward, prompt length) of each request."""
-    columns = [np.array(column, dtype=np.int64) for column in zip(*requests, strict=True)]
-    return Batch(*columns, first_token=np.arange(len(requests)) + 100)
+    computed, query_len, prompt_len = np.array(requests, dtype=np.int64).T
+    return Batch(computed, query_len, prompt_len, first_token=np.arange(len(requests)) + 100)
 
 
 def plan_of(*requests: tuple[int, int, int], keep: float = 1 / 3, window: int = 128) -> Plan:
