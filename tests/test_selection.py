@@ -30,10 +30,23 @@ def prompt_plan(length: int, keep: float, window: int, computed: int = 0, total:
     return plan
 
 
+def competition_of(request: list[int]) -> Competition:
+    """Every row a candidate, of the request given."""
+    none = torch.empty(0, dtype=torch.int64)
+    return Competition(
+        candidates=torch.arange(len(request)),
+        part=none,
+        request=torch.tensor(request),
+        at_position_0=none,
+        winners=none,
+        always=none,
+    )
+
+
 def test_the_score_is_the_absolute_cosine() -> None:
     """Break seen: without the absolute value a token opposite to the sink wins."""
     normed = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
-    scores = score(normed, torch.tensor([[5.0, 0.0]]), torch.zeros(4, dtype=torch.int64))
+    scores = score(normed, torch.tensor([[5.0, 0.0]]), competition_of([0, 0, 0, 0]))
     torch.testing.assert_close(scores, torch.tensor([1.0, 1.0, 0.0, 0.5**0.5]))
 
 
@@ -41,14 +54,13 @@ def test_every_token_is_scored_against_its_own_request() -> None:
     """Break seen: position 0 from the wrong request."""
     normed = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     sinks = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    assert score(normed, sinks, torch.tensor([0, 1, 1])).tolist() == [1.0, 0.0, 1.0]
+    assert score(normed, sinks, competition_of([0, 1, 1])).tolist() == [1.0, 0.0, 1.0]
 
 
 def test_the_score_is_computed_in_float32_whatever_the_model_runs_in() -> None:
     normed = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     sinks = normed[:1]
-    request = torch.zeros(50, dtype=torch.int64)
-    scores = score(normed, sinks, request)
+    scores = score(normed, sinks, competition_of([0] * 50))
     assert scores.dtype == torch.float32
     wanted = torch.cosine_similarity(normed.double(), sinks.double()).abs().float()
     torch.testing.assert_close(scores, wanted, atol=1e-6, rtol=0)

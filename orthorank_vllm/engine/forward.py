@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from orthorank_vllm.attention import SparseAttention
+from orthorank_vllm.engine.kernels import add_and_norm, rotate
 from orthorank_vllm.engine.sinks import SinkTable
 from orthorank_vllm.plan import Plan
 from orthorank_vllm.selection import Competition, score, select
@@ -68,7 +69,7 @@ def sparse_forward(
             delta = None
         else:
             delta, stream = _dense_layer(layer, positions, stream, delta)
-    hidden, _ = _norm(model.norm, stream, delta)
+    hidden, _ = add_and_norm(model.norm, stream, delta)
     skipped = len(selective) * (plan.num_tokens - plan.num_selected) + step.duplicates
     return hidden, skipped
 
@@ -89,7 +90,7 @@ def sink_states(model: Any, selective: dict[int, int], tokens: torch.Tensor) -> 
     delta: torch.Tensor | None = None
     for index in range(model.start_layer, model.end_layer):
         layer = model.layers[index]
-        normed, stream = _norm(layer.input_layernorm, stream, delta)
+        normed, stream = add_and_norm(layer.input_layernorm, stream, delta)
         delta = None
         if index in selective:
             states.append(normed)
@@ -99,7 +100,7 @@ def sink_states(model: Any, selective: dict[int, int], tokens: torch.Tensor) -> 
         value = qkv[:, -attn.kv_size :].unflatten(-1, (attn.num_kv_heads, attn.head_dim))
         per_head = value.repeat_interleave(attn.num_heads // attn.num_kv_heads, dim=1)
         output, _ = attn.o_proj(per_head.flatten(1))
-        normed, stream = layer.post_attention_layernorm(output, stream)
+        normed, stream = add_and_norm(layer.post_attention_layernorm, stream, output)
         delta = layer.mlp(normed)
     return torch.stack(states)
 
@@ -137,23 +138,19 @@ def _start_step(
     )
 
 
-def _norm(
-    norm: Any, stream: torch.Tensor, delta: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if delta is None:
-        return norm(stream), stream
-    normed, stream = norm(delta, stream)
-    return normed, stream
-
-
 def _dense_layer(
     layer: Any, positions: torch.Tensor, stream: torch.Tensor, delta: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if delta is None:
-        delta, stream = layer(positions, stream, None)
-    else:
-        delta, stream = layer(positions, delta, stream)
-    return delta, stream
+    """What the layer's own forward does (llama.py), by the fast kernels."""
+    normed, stream = add_and_norm(layer.input_layernorm, stream, delta)
+    attn = layer.self_attn
+    qkv, _ = attn.qkv_proj(normed)
+    query, key, value = qkv.split([attn.q_size, attn.kv_size, attn.kv_size], dim=-1)
+    query = rotate(attn.rotary_emb, positions, query)
+    key = rotate(attn.rotary_emb, positions, key)
+    output, _ = attn.o_proj(attn.attn(query, key, value))
+    normed, stream = add_and_norm(layer.post_attention_layernorm, stream, output)
+    return layer.mlp(normed), stream
 
 
 def _selective_layer(
@@ -172,27 +169,20 @@ def _selective_layer(
     Returns:
         [tokens, hidden] the residual stream, its selected rows updated.
     """
-    normed, stream = _norm(layer.input_layernorm, stream, delta)
+    normed, stream = add_and_norm(layer.input_layernorm, stream, delta)
     sink_rows.index_copy_(0, step.fresh_slots, normed[step.fresh_rows])
-    rows = select(
-        score(
-            normed[step.competition.candidates],
-            sink_rows[step.sink_slots],
-            step.competition.request,
-        ),
-        step.competition,
-    )
+    rows = select(score(normed, sink_rows[step.sink_slots], step.competition), step.competition)
     step.duplicates += (rows[1:] == rows[:-1]).sum()
 
     attn = layer.self_attn
     qkv, _ = attn.qkv_proj(normed)
     query, key, value = qkv.split([attn.q_size, attn.kv_size, attn.kv_size], dim=-1)
-    query, key = attn.rotary_emb(positions, query, key)
+    key = rotate(attn.rotary_emb, positions, key)
     step.attention.write_kv(attn.attn, key, value)
     if not len(rows):
         return stream
-    output = step.attention(attn.attn, query[rows], key, value, positions[rows])
-    output, _ = attn.o_proj(output)
-    normed, updated = layer.post_attention_layernorm(output, stream[rows])
-    updated = updated + layer.mlp(normed)
-    return stream.index_copy_(0, rows, updated)
+    positions = positions[rows]
+    query = rotate(attn.rotary_emb, positions, query[rows])
+    output, _ = attn.o_proj(step.attention(attn.attn, query, positions))
+    normed, updated = add_and_norm(layer.post_attention_layernorm, stream[rows], output)
+    return stream.index_copy_(0, rows, updated.add_(layer.mlp(normed)))

@@ -1,36 +1,103 @@
-"""Attention of selected queries against a loop over queries in float64."""
+"""Attention of selected queries over real pages, against a loop over queries in float64."""
 
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from vllm import _custom_ops as ops
+from vllm.platforms import current_platform
 
-from orthorank_vllm.attention.cpu import _attend_blocks
+from orthorank_vllm.attention import cpu
+from orthorank_vllm.attention.cpu import CpuSparseAttention
+from orthorank_vllm.plan import Batch, make_plan
+
+current_platform.import_kernels()
+
+BLOCK_SIZE, KV_HEADS, HEAD_SIZE, SCALE = 32, 2, 64, 0.2
 
 
-@pytest.mark.parametrize("sliding_window", [-1, 1, 40, 5000])
+class Pages:
+    """Random K and V of some requests, in pages in a random order."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        torch.manual_seed(0)
+        blocks = [-(-length // BLOCK_SIZE) for length in lengths]
+        order = torch.randperm(sum(blocks)).int() + 1
+        # vLLM zeroes new pages for this kernel, which reads them to their ends.
+        self.cache = torch.zeros(sum(blocks) + 1, KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)
+        self.table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
+        self.keys, self.values = [], []
+        halves = self.cache.view(-1, KV_HEADS, 2 * BLOCK_SIZE, HEAD_SIZE).chunk(2, dim=2)
+        for request, length in enumerate(lengths):
+            count = blocks[request]
+            self.table[request, :count] = order[:count]
+            order = order[count:]
+            key, value = torch.randn(2, length, KV_HEADS, HEAD_SIZE)
+            position = torch.arange(length)
+            slots = self.table[request, position // BLOCK_SIZE].long() * BLOCK_SIZE
+            slots += position % BLOCK_SIZE
+            ops.cpu_attn_reshape_and_cache(key, value, *halves, slots, "vec")
+            self.keys.append(key)
+            self.values.append(value)
+
+
+@pytest.mark.parametrize("sliding_window", [-1, 7, 40, 5000])
 @pytest.mark.parametrize("group_size", [1, 3])
-@pytest.mark.parametrize(("length", "chunk"), [(700, 700), (900, 250), (5, 1)])
-def test_selected_queries_see_the_keys_up_to_their_own_position(
-    length: int, chunk: int, group_size: int, sliding_window: int
+@pytest.mark.parametrize(
+    "requests",
+    [
+        [(0, 300, 300)],
+        [(200, 150, 900)],
+        # Rows that adjoin, positions that adjoin, requests that do not: 9 then 10.
+        [(0, 10, 10), (10, 40, 60)],
+        [(0, 90, 90), (77, 1, 40), (33, 65, 98), (5, 1, 5), (0, 1, 70), (0, 40, 20)],
+    ],
+)
+def test_every_query_sees_the_keys_of_its_own_request_up_to_its_position(
+    requests: list[tuple[int, int, int]],
+    group_size: int,
+    sliding_window: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Breaks seen: one key too many; the window of a block's first query for all of it."""
-    torch.manual_seed(0)
-    num_kv_heads, head_size = 2, 32
-    first = length - chunk
-    chosen = torch.randperm(chunk)[: max(1, chunk // 2)].sort().values + first
-    positions = torch.cat([chosen, chosen[-1:]])  # the last token may stand twice
-    query = torch.randn(len(positions), num_kv_heads * group_size, head_size)
-    keys = torch.randn(num_kv_heads, length, head_size)
-    values = torch.randn(num_kv_heads, length, head_size)
-    output = torch.full_like(query, torch.nan)
+    """Breaks seen: runs that cross requests; one key too many."""
+    computed, query_len, prompt_len = np.array(requests).T
+    plan = make_plan(Batch(computed, query_len, prompt_len, computed), 1 / 3, 128)
+    assert plan is not None
+    rows = torch.from_numpy(np.concatenate([plan.candidates[plan.winners], plan.always])).sort()
+    request = torch.from_numpy(np.repeat(np.arange(len(requests)), query_len))[rows.values]
+    first_row = torch.from_numpy(np.cumsum(query_len) - query_len)
+    positions = rows.values - first_row[request] + torch.from_numpy(computed)[request]
 
-    _attend_blocks(query, keys, values, positions, 0.2, sliding_window, output)
+    pages = Pages([c + q for c, q, _ in requests])
+    query = torch.randn(len(positions), KV_HEADS * group_size, HEAD_SIZE)
+    attn: Any = SimpleNamespace(
+        layer_name="layer",
+        num_heads=KV_HEADS * group_size,
+        num_kv_heads=KV_HEADS,
+        head_size=HEAD_SIZE,
+        isa="vec",
+        impl=SimpleNamespace(
+            scale=SCALE,
+            sliding_window=sliding_window,
+            alibi_slopes=None,
+            logits_soft_cap=0,
+            sinks=None,
+        ),
+    )
+    metadata = SimpleNamespace(block_table=pages.table)
+    context = (metadata, attn, pages.cache, None)
+    monkeypatch.setattr(cpu, "get_attention_context", lambda name: context)
 
-    for row, position in enumerate(positions.tolist()):
+    output = CpuSparseAttention(plan)(attn, query.flatten(1), positions).view_as(query)
+
+    for row, (position, owner) in enumerate(zip(positions.tolist(), request.tolist(), strict=True)):
         low = 0 if sliding_window < 0 else max(0, position - sliding_window + 1)
         for head in range(query.shape[1]):
-            key = keys[head // group_size, low : position + 1].double()
-            value = values[head // group_size, low : position + 1].double()
-            weights = (key @ query[row, head].double() * 0.2).softmax(0)
+            key = pages.keys[owner][low : position + 1, head // group_size].double()
+            value = pages.values[owner][low : position + 1, head // group_size].double()
+            weights = (key @ query[row, head].double() * SCALE).softmax(0)
             torch.testing.assert_close(
-                output[row, head].double(), weights @ value, atol=2e-6, rtol=0
+                output[row, head].double(), weights @ value, atol=1e-5, rtol=0
             )

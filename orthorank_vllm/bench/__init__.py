@@ -1,0 +1,1 @@
+"""Measurements of real servers over HTTP; nothing here imports vLLM."""
