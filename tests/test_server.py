@@ -189,7 +189,7 @@ def test_the_counts_on_metrics_are_exact(
     """The engine is another process. Break seen: counts made in the server's process."""
     names = ["prefill_tokens", "token_updates", "token_updates_skipped"]
     before = [server.metric(f"orthorank_{name}_total") for name in names]
-    prompt = prompts.take(333)
+    prompt = prompts.take(334)[1:]  # no other test's, so nothing of it is cached
     server.client.completions.create(model=NAME, prompt=prompt, max_tokens=4, temperature=0)
     after = [server.metric(f"orthorank_{name}_total") for name in names]
     request, _ = reference_logprobs(reference, prompt, [0])

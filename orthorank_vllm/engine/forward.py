@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from orthorank_vllm.attention import SparseAttention
-from orthorank_vllm.engine.kernels import add_and_norm, rotate
+from orthorank_vllm.engine.kernels import add_and_norm, mlp, rotate
 from orthorank_vllm.engine.sinks import SinkTable
 from orthorank_vllm.plan import Plan
 from orthorank_vllm.selection import Competition, score, select
@@ -101,7 +101,7 @@ def sink_states(model: Any, selective: dict[int, int], tokens: torch.Tensor) -> 
         per_head = value.repeat_interleave(attn.num_heads // attn.num_kv_heads, dim=1)
         output, _ = attn.o_proj(per_head.flatten(1))
         normed, stream = add_and_norm(layer.post_attention_layernorm, stream, output)
-        delta = layer.mlp(normed)
+        delta = mlp(layer.mlp, normed)
     return torch.stack(states)
 
 
@@ -150,7 +150,7 @@ def _dense_layer(
     key = rotate(attn.rotary_emb, positions, key)
     output, _ = attn.o_proj(attn.attn(query, key, value))
     normed, stream = add_and_norm(layer.post_attention_layernorm, stream, output)
-    return layer.mlp(normed), stream
+    return mlp(layer.mlp, normed), stream
 
 
 def _selective_layer(
@@ -185,4 +185,4 @@ def _selective_layer(
     query = rotate(attn.rotary_emb, positions, query[rows])
     output, _ = attn.o_proj(step.attention(attn.attn, query, positions))
     normed, updated = add_and_norm(layer.post_attention_layernorm, stream[rows], output)
-    return stream.index_copy_(0, rows, updated.add_(layer.mlp(normed)))
+    return stream.index_copy_(0, rows, updated.add_(mlp(layer.mlp, normed)))

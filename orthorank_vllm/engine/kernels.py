@@ -8,8 +8,11 @@ called eagerly, because the compiler would fuse it (vllm/config/vllm.py,
 from typing import Any
 
 import torch
+from torch.nn.functional import silu
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.models.llama import LlamaMLP
 
 
 def add_and_norm(
@@ -41,6 +44,25 @@ def rotate(rotary: Any, positions: torch.Tensor, heads: torch.Tensor) -> torch.T
     kernel = rotary.forward_cpu if heads.device.type == "cpu" else rotary.forward_cuda
     rotated: torch.Tensor = kernel(positions, heads, None)[0]
     return rotated
+
+
+def mlp(module: Any, normed: torch.Tensor) -> torch.Tensor:
+    """The layer's MLP. On CPU its activation is a compiled function of its own, and
+    entering that costs more than the activation itself.
+
+    Args:
+        normed: [tokens, hidden].
+    """
+    if not (
+        normed.device.type == "cpu"
+        and type(module) is LlamaMLP
+        and isinstance(module.down_proj.quant_method, UnquantizedLinearMethod)
+    ):
+        output: torch.Tensor = module(normed)
+        return output
+    gate, up = module.gate_up_proj(normed)[0].chunk(2, dim=-1)
+    output, _ = module.down_proj(silu(gate).mul_(up))
+    return output
 
 
 def _is_plain(norm: Any, stream: torch.Tensor) -> bool:
