@@ -88,6 +88,8 @@ def make_plan(batch: Batch, keep: float, window: int) -> Plan | None:
     Returns:
         None if every token is selected, so that the dense forward is the same.
     """
+    if not batch.prompt_tokens.any():
+        return None
     num_tokens = int(batch.query_len.sum())
     request_of_row = np.repeat(np.arange(len(batch.query_len)), batch.query_len)
     first_row = np.cumsum(batch.query_len) - batch.query_len
@@ -96,8 +98,6 @@ def make_plan(batch: Batch, keep: float, window: int) -> Plan | None:
     is_prompt = position < batch.prompt_len[request_of_row]
 
     prompt_rows = rows[is_prompt]
-    if not len(prompt_rows):
-        return None
     request = request_of_row[prompt_rows]
     position = position[prompt_rows]
     window_index = position // window if window else np.zeros_like(position)

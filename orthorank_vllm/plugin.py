@@ -26,8 +26,10 @@ WORKER_SEAMS = (
     "vllm.model_executor.models.llama:LlamaForCausalLM",
     "vllm.model_executor.layers.attention.attention:get_attention_context",
     "vllm.model_executor.layers.attention.attention:unified_kv_cache_update",
+    "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
     "vllm._custom_ops:cpu_attn_get_scheduler_metadata",
-    "vllm._custom_ops:cpu_attn_reshape_and_cache",
+    "vllm._custom_ops:fused_add_rms_norm",
+    "vllm._custom_ops:rms_norm",
     "vllm._custom_ops:cpu_attention_with_kv_cache",
 )
 

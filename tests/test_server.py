@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -186,7 +187,7 @@ def test_a_streamed_chat_is_the_same_as_a_whole_one(server: Server) -> None:
 def test_the_counts_on_metrics_are_exact(
     server: Server, reference: Reference, prompts: Prompts
 ) -> None:
-    """The engine is another process. Break seen: counts made in the server's process."""
+    """The engine is another process."""
     names = ["prefill_tokens", "token_updates", "token_updates_skipped"]
     before = [server.metric(f"orthorank_{name}_total") for name in names]
     prompt = prompts.take(334)[1:]  # no other test's, so nothing of it is cached
@@ -209,7 +210,7 @@ def test_a_mistake_in_a_request_is_answered_by_vllm(server: Server) -> None:
 
 def test_the_server_stops_on_ctrl_c_and_leaves_nothing(server: Server) -> None:
     """Last in the file: it ends the server."""
-    metrics_folders = set(Path("/tmp").glob("orthorank-metrics-*"))
+    metrics_folders = set(Path(tempfile.gettempdir()).glob("orthorank-metrics-*"))
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(timeout=30) in (0, 130, -signal.SIGINT)
     ended = {folder for folder in metrics_folders if not folder.exists()}

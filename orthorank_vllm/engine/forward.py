@@ -11,9 +11,23 @@ import torch
 
 from orthorank_vllm.attention import SparseAttention
 from orthorank_vllm.engine.kernels import add_and_norm, mlp, rotate
+from orthorank_vllm.engine.projections import SplitWeight, project
 from orthorank_vllm.engine.sinks import SinkTable
 from orthorank_vllm.plan import Plan
 from orthorank_vllm.selection import Competition, score, select
+
+
+@dataclass
+class SelectiveLayer:
+    """What is kept for one selective layer.
+
+    Attributes:
+        sink_row: its index in the sink table.
+        split: its QKV weight cut in two, where that can be done.
+    """
+
+    sink_row: int
+    split: SplitWeight | None = None
 
 
 @dataclass
@@ -38,7 +52,7 @@ class Step:
 
 def sparse_forward(
     model: Any,
-    selective: dict[int, int],
+    selective: dict[int, SelectiveLayer],
     sinks: SinkTable,
     plan: Plan,
     input_ids: torch.Tensor,
@@ -49,7 +63,7 @@ def sparse_forward(
     Args:
         model: vLLM's `LlamaModel` or one with the same parts
             (vllm/model_executor/models/llama.py).
-        selective: layer index to its row in the sink table.
+        selective: by layer index.
         input_ids, positions: [tokens].
 
     Returns:
@@ -63,9 +77,9 @@ def sparse_forward(
     for index in range(model.start_layer, model.end_layer):
         layer = model.layers[index]
         if index in selective:
-            stream = _selective_layer(
-                layer, step, sinks.rows[selective[index]], positions, stream, delta
-            )
+            kept = selective[index]
+            sink_rows = sinks.rows[kept.sink_row]
+            stream = _selective_layer(layer, step, sink_rows, kept.split, positions, stream, delta)
             delta = None
         else:
             delta, stream = _dense_layer(layer, positions, stream, delta)
@@ -74,7 +88,9 @@ def sparse_forward(
     return hidden, skipped
 
 
-def sink_states(model: Any, selective: dict[int, int], tokens: torch.Tensor) -> torch.Tensor:
+def sink_states(
+    model: Any, selective: dict[int, SelectiveLayer], tokens: torch.Tensor
+) -> torch.Tensor:
     """Position 0's normalised state in each selective layer, for some token ids.
 
     Attention over a single key returns its value, so no KV cache is touched.
@@ -107,7 +123,7 @@ def sink_states(model: Any, selective: dict[int, int], tokens: torch.Tensor) -> 
 
 def _start_step(
     model: Any,
-    selective: dict[int, int],
+    selective: dict[int, SelectiveLayer],
     sinks: SinkTable,
     plan: Plan,
     device: torch.device,
@@ -157,6 +173,7 @@ def _selective_layer(
     layer: Any,
     step: Step,
     sink_rows: torch.Tensor,
+    split: SplitWeight | None,
     positions: torch.Tensor,
     stream: torch.Tensor,
     delta: torch.Tensor | None,
@@ -175,14 +192,13 @@ def _selective_layer(
     step.duplicates += (rows[1:] == rows[:-1]).sum()
 
     attn = layer.self_attn
-    qkv, _ = attn.qkv_proj(normed)
-    query, key, value = qkv.split([attn.q_size, attn.kv_size, attn.kv_size], dim=-1)
+    key, value, query_of = project(attn, split, normed)
     key = rotate(attn.rotary_emb, positions, key)
     step.attention.write_kv(attn.attn, key, value)
     if not len(rows):
         return stream
     positions = positions[rows]
-    query = rotate(attn.rotary_emb, positions, query[rows])
+    query = rotate(attn.rotary_emb, positions, query_of(rows))
     output, _ = attn.o_proj(step.attention(attn.attn, query, positions))
     normed, updated = add_and_norm(layer.post_attention_layernorm, stream[rows], output)
     return stream.index_copy_(0, rows, updated.add_(mlp(layer.mlp, normed)))

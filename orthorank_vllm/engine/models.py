@@ -37,5 +37,6 @@ class OrthoRankLlamaForCausalLM(LlamaForCausalLM):
         return self.orthorank.forward(self.model, orthorank_plan, input_ids, positions)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        self.orthorank.forget_sinks()
-        return super().load_weights(weights)
+        loaded: set[str] = super().load_weights(weights)
+        self.orthorank.weights_changed(self.model)
+        return loaded

@@ -7,7 +7,8 @@ from torch import nn
 from vllm.logger import init_logger
 
 from orthorank_vllm.config import OptionError, OrthoRankConfig
-from orthorank_vllm.engine.forward import sparse_forward
+from orthorank_vllm.engine.forward import SelectiveLayer, sparse_forward
+from orthorank_vllm.engine.projections import SplitWeight
 from orthorank_vllm.engine.refusals import check_supported
 from orthorank_vllm.engine.sinks import SinkTable
 from orthorank_vllm.metrics import worker_metrics
@@ -38,7 +39,9 @@ class OrthoRank:
             )
         check_supported(vllm_config)
         self.config = OrthoRankConfig.from_dict(settings)
-        self._selective = {layer: i for i, layer in enumerate(self.config.layers)}
+        self._selective = {
+            layer: SelectiveLayer(sink_row) for sink_row, layer in enumerate(self.config.layers)
+        }
         model_config = vllm_config.model_config
         self._sinks = SinkTable(
             num_selective=len(self.config.layers),
@@ -84,6 +87,9 @@ class OrthoRank:
         updates = prompt_tokens * self.config.num_layers - skipped
         self._metrics.count(prompt_tokens, updates, skipped)
 
-    def forget_sinks(self) -> None:
-        """To be called when the weights change."""
+    def weights_changed(self, model: nn.Module) -> None:
+        """To be called when `model` has loaded its weights, before vLLM packs them."""
         self._sinks.clear()
+        layers: Any = model.layers
+        for index, kept in self._selective.items():
+            kept.split = SplitWeight.of(layers[index].self_attn)

@@ -1,0 +1,72 @@
+"""Q, K and V of a selective layer: K and V for every token, Q only for the selected ones.
+
+vLLM keeps one fused weight, `[q | k | v]` by rows (vllm/model_executor/layers/linear.py,
+QKVParallelLinear), and on CPU packs it while loading. Where it is not quantised, two more
+packed weights are made of it before that; otherwise Q is computed for all and gathered.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+Linear = Callable[[torch.Tensor], torch.Tensor]
+
+
+class SplitWeight:
+    """The fused weight of one layer, cut between Q and K."""
+
+    def __init__(self, query: Linear, key_value: Linear) -> None:
+        self.query = query
+        self.key_value = key_value
+
+    @classmethod
+    def of(cls, attn: Any) -> "SplitWeight | None":
+        """Cut `attn.qkv_proj`, loaded and not yet packed; None if it has to stay whole."""
+        fused = attn.qkv_proj
+        weight = getattr(fused, "weight", None)
+        if (
+            type(fused.quant_method) is not UnquantizedLinearMethod
+            or weight is None
+            or weight.device.type != "cpu"
+            or weight.ndim != 2
+        ):
+            return None
+        cut = attn.q_size
+        return cls(_packed(fused, slice(None, cut)), _packed(fused, slice(cut, None)))
+
+
+def project(
+    attn: Any, split: SplitWeight | None, normed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, Linear]:
+    """
+    Args:
+        attn: vLLM's `LlamaAttention` or one with the same parts.
+        normed: [tokens, hidden].
+
+    Returns:
+        K and V, [tokens, kv heads x head size], not rotated, and a function of
+        rows, [selected] int64, to Q, [selected, heads x head size].
+    """
+    if split is not None:
+        key, value = split.key_value(normed).split([attn.kv_size, attn.kv_size], dim=-1)
+        return key, value, lambda rows: split.query(normed[rows])
+    fused, _ = attn.qkv_proj(normed)
+    query, key, value = fused.split([attn.q_size, attn.kv_size, attn.kv_size], dim=-1)
+    return key, value, lambda rows: query[rows]
+
+
+def _packed(fused: Any, rows: slice) -> Linear:
+    part: Any = nn.Module()
+    part.weight = nn.Parameter(fused.weight.detach()[rows].clone(), requires_grad=False)
+    bias = None if fused.bias is None else fused.bias.detach()[rows].clone()
+    dispatch_cpu_unquantized_gemm(part, remove_weight=True)
+
+    def linear(rows_in: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = part.cpu_linear(rows_in, part.weight, bias)
+        return result
+
+    return linear

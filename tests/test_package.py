@@ -1,0 +1,48 @@
+"""What `pip install orthorank-vllm` installs, and what it must not."""
+
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
+    subprocess.run([*command, "-w", folder, ROOT], check=True)
+    return zipfile.ZipFile(next(folder.glob("*.whl")))
+
+
+def text_of(wheel: zipfile.ZipFile, ending: str) -> str:
+    return wheel.read(next(n for n in wheel.namelist() if n.endswith(ending))).decode()
+
+
+def test_vllm_is_an_extra_so_an_install_never_replaces_it(wheel: zipfile.ZipFile) -> None:
+    metadata = Parser().parsestr(text_of(wheel, ".dist-info/METADATA"))
+    requirements = metadata.get_all("Requires-Dist") or []
+    always = [line for line in requirements if "extra ==" not in line]
+    assert {line.split(">")[0] for line in always} == {"numpy", "torch", "prometheus-client"}
+    assert not any("<" in line or "==" in line for line in always)
+    assert any(line.startswith("vllm") for line in requirements)
+
+
+def test_vllm_finds_the_plugin(wheel: zipfile.ZipFile) -> None:
+    lines = text_of(wheel, "entry_points.txt").split("\n")
+    assert lines[:2] == ["[vllm.general_plugins]", "orthorank = orthorank_vllm.plugin:register"]
+
+
+def test_every_module_and_profile_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+    """Break seen: profiles left out, so that every model's layers are guessed."""
+    package = ROOT / "orthorank_vllm"
+    wanted = {
+        str(Path("orthorank_vllm") / path.relative_to(package))
+        for pattern in ("*.py", "*.json", "py.typed")
+        for path in package.rglob(pattern)
+    }
+    assert {name for name in wheel.namelist() if name.startswith("orthorank_vllm/")} == wanted
