@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
@@ -46,6 +46,13 @@ def reference(model_path: str) -> Reference:
 @pytest.fixture(autouse=True)
 def _empty_prefix_cache(engine: Engine) -> None:
     engine.llm.reset_prefix_cache()
+
+
+def forget_sinks(engine: Engine) -> None:
+    """As after a restart: what is not recomputed is not there."""
+    sinks = engine.model.orthorank._sinks
+    sinks.clear()
+    sinks.rows.fill_(torch.nan)
 
 
 def check(run: Run, reference: Reference, **kwargs: Any) -> Verdict:
@@ -133,7 +140,7 @@ def test_a_prefix_cache_hit_equals_the_reference(
     else:
         before = check(engine.run([first]), reference)
         if sinks_forgotten:
-            engine.model.orthorank._sinks.clear()
+            forget_sinks(engine)
         run = engine.run([second])
         verdict = check(run, reference, earlier=list(before.requests.values()))
     assert run.chunks(second)[0].num_computed == len(prefix)
@@ -197,7 +204,15 @@ def test_counts_are_those_of_the_reference(
     assert skipped == sum(request.skipped for request in requests)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+# No shrinking: an example takes seconds, and the seed that failed is printed.
+@settings(
+    max_examples=50,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    database=None,
+    phases=[Phase.generate],
+    print_blob=True,
+)
 @given(data=st.data())
 def test_any_prompts_and_any_schedule_equal_the_reference(
     engine: Engine, reference: Reference, text_tokens: list[int], data: st.DataObject
@@ -205,7 +220,7 @@ def test_any_prompts_and_any_schedule_equal_the_reference(
     """Break seen: `|cos|` without the absolute value."""
     engine.llm.reset_prefix_cache()
     if data.draw(st.booleans(), label="sinks forgotten"):
-        engine.model.orthorank._sinks.clear()
+        forget_sinks(engine)
     jobs = []
     for _ in range(data.draw(st.integers(1, 3), label="requests")):
         length = data.draw(st.integers(1, 260), label="length")
