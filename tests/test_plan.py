@@ -48,14 +48,14 @@ def test_a_first_chunk_of_one_token_selects_nothing() -> None:
 
 def test_the_share_of_each_window_part_is_rounded_up() -> None:
     """Break seen: rounded to nearest."""
-    plan = plan_of((0, 300, 300))
-    assert wins_per_part(plan) == [43, 43, 15]
-    assert plan.always.tolist() == [299]
+    plan = plan_of((0, 302, 302))
+    assert wins_per_part(plan) == [43, 43, 16]
+    assert plan.always.tolist() == [301]
 
 
 def test_a_share_that_is_whole_is_not_rounded_up_by_float_noise() -> None:
-    """Break seen: without the small term 0.1 x 30 becomes 4."""
-    assert wins_per_part(plan_of((5, 30, 500), keep=0.1, window=0)) == [3]
+    """Break seen: without the small term 0.07 x 100 becomes 8."""
+    assert wins_per_part(plan_of((5, 100, 500), keep=0.07, window=0)) == [7]
 
 
 def test_windows_are_of_absolute_positions() -> None:

@@ -74,7 +74,7 @@ def test_the_lowest_scores_of_each_window_are_selected() -> None:
 
 
 def test_ties_go_to_the_lower_position() -> None:
-    """Break seen: an unstable sort."""
+    """Break seen: ties to the higher position."""
     plan = prompt_plan(100, keep=0.25, window=0, computed=7, total=300)
     assert select_rows(plan, [0.5] * 100) == list(range(25))
 
