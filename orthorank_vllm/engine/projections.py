@@ -61,8 +61,9 @@ def project(
 
 def _packed(fused: Any, rows: slice) -> Linear:
     part: Any = nn.Module()
-    part.weight = nn.Parameter(fused.weight.detach()[rows].clone(), requires_grad=False)
-    bias = None if fused.bias is None else fused.bias.detach()[rows].clone()
+    # A view of whole rows: packing copies it, a copy before that would only fragment the heap.
+    part.weight = nn.Parameter(fused.weight.detach()[rows], requires_grad=False)
+    bias = None if fused.bias is None else fused.bias.detach()[rows]
     dispatch_cpu_unquantized_gemm(part, remove_weight=True)
 
     def linear(rows_in: torch.Tensor) -> torch.Tensor:
