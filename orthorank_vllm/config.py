@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from orthorank_vllm.profiles import Profile, ProfileError, find_profile, read_profile
@@ -156,7 +156,7 @@ class OrthoRankConfig:
     layers: tuple[int, ...]
     num_layers: int
     source: str
-    measured: bool = field(default=True)
+    measured: bool = True
 
     @property
     def ratio(self) -> float:

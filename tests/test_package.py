@@ -38,7 +38,6 @@ def test_vllm_finds_the_plugin(wheel: zipfile.ZipFile) -> None:
 
 
 def test_every_module_and_profile_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
-    """Break seen: profiles left out, so that every model's layers are guessed."""
     package = ROOT / "orthorank_vllm"
     wanted = {
         str(Path("orthorank_vllm") / path.relative_to(package))

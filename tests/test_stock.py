@@ -55,7 +55,6 @@ def test_ratio_0_and_no_option_are_stock_vllm_bit_for_bit(model_path: str) -> No
 
 
 def test_a_worker_that_does_not_load_the_plugin_stops_the_start_up(model_path: str) -> None:
-    """Break seen: the worker serves the stock model."""
     code = """
 import os, sys
 from vllm import LLM

@@ -25,37 +25,38 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         description="Sparse prefill: in some layers only the prompt tokens most orthogonal to "
         "the first token are computed. Decode is not changed.",
     )
-    group.add_argument(
-        "--orthorank-ratio",
-        type=_type("ratio", parse_ratio),
-        default=argparse.SUPPRESS,
-        help="Fraction of the prompt's token-layer updates to skip, from 0 to below 1 - keep. "
+
+    def add_flag(name: str, parse: Callable[[object], Any], text: str) -> None:
+        group.add_argument(
+            f"--orthorank-{name}", type=_type(name, parse), default=argparse.SUPPRESS, help=text
+        )
+
+    add_flag(
+        "ratio",
+        parse_ratio,
+        "Fraction of the prompt's token-layer updates to skip, from 0 to below 1 - keep. "
         "0 or absent: stock vLLM.",
     )
-    group.add_argument(
-        "--orthorank-keep",
-        type=_type("keep", parse_keep),
-        default=argparse.SUPPRESS,
-        help="Fraction of the tokens that a selective layer updates (default: 1/3).",
+    add_flag(
+        "keep",
+        parse_keep,
+        "Fraction of the tokens that a selective layer updates (default: 1/3).",
     )
-    group.add_argument(
-        "--orthorank-window",
-        type=_type("window", parse_window),
-        default=argparse.SUPPRESS,
-        help="Prompt positions that compete with each other; 0 is the whole prompt "
+    add_flag(
+        "window",
+        parse_window,
+        "Prompt positions that compete with each other; 0 is the whole prompt "
         f"(default: {DEFAULT_WINDOW}).",
     )
-    group.add_argument(
-        "--orthorank-layers",
-        type=_type("layers", parse_layers),
-        default=argparse.SUPPRESS,
-        help="The selective layers, such as 7,26,14 (default: from the model's profile).",
+    add_flag(
+        "layers",
+        parse_layers,
+        "The selective layers, such as 7,26,14 (default: from the model's profile).",
     )
-    group.add_argument(
-        "--orthorank-profile",
-        type=_type("profile", parse_profile),
-        default=argparse.SUPPRESS,
-        help="A file with the model's layers in the order in which to make them selective "
+    add_flag(
+        "profile",
+        parse_profile,
+        "A file with the model's layers in the order in which to make them selective "
         "(default: the shipped profile of this model, if there is one).",
     )
 
