@@ -200,7 +200,7 @@ def resolve(options: Options, model_shape: Mapping[str, Any]) -> OrthoRankConfig
         _check_layers(options, num_layers)
     else:
         assert options.ratio is not None
-        count = _selective_count(options.ratio, options.keep, num_layers)
+        count = selective_count("--orthorank-ratio", options.ratio, options.keep, num_layers)
         profile = _find_profile(options.profile, model_shape)
         if profile is not None:
             source = f"profile {profile.name}"
@@ -226,18 +226,20 @@ def resolve(options: Options, model_shape: Mapping[str, Any]) -> OrthoRankConfig
     )
 
 
-def _selective_count(ratio: float, keep: float, num_layers: int) -> int:
-    """`ratio x layers / (1 - keep)`, rounded half up."""
+def selective_count(option: str, ratio: float, keep: float, num_layers: int) -> int:
+    """`ratio x layers / (1 - keep)`, rounded half up.
+
+    Raises:
+        OptionError: it is none, or more than there are; names `option`.
+    """
     # The small term keeps a half a half: 0.3 x 30 / (2/3) is 13.5, not 13.49999.
     count = math.floor(ratio * num_layers / (1 - keep) + 0.5 + 1e-9)
-    if count == 0:
-        raise _reject(
-            "ratio",
-            ratio,
-            f"it makes none of this model's {num_layers} layers selective; "
-            f"give at least {(1 - keep) / num_layers:.4g}",
+    if not 0 < count <= num_layers:
+        raise OptionError(
+            f"{option} {ratio}: not allowed, it makes {count} of this model's {num_layers} layers "
+            f"selective; give {(1 - keep) / num_layers:.4g} to {1 - keep:.4g}"
         )
-    return min(count, num_layers)
+    return count
 
 
 def _check_layers(options: Options, num_layers: int) -> None:

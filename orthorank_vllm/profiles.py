@@ -1,17 +1,18 @@
 """Layer orders measured for a model: read one, find one, write one.
 
-A profile is JSON: `format` (1), `name`, `model` (the shape it was measured on),
-`order` (layers, the one that costs least quality first) and how it was measured.
+A profile is JSON in the form of `profile.schema.json`.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 SHAPE_KEYS = (
     "hidden_size",
     "intermediate_size",
@@ -21,6 +22,8 @@ SHAPE_KEYS = (
     "rope_theta",
     "vocab_size",
 )
+# What a configuration holds besides the model: where it came from, how it is run.
+_NOT_THE_MODEL = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
 
 
 class ProfileError(ValueError):
@@ -29,12 +32,36 @@ class ProfileError(ValueError):
 
 @dataclass(frozen=True)
 class Profile:
-    """A measured layer order and what it was measured on."""
+    """A measured layer order, and what it was measured on.
+
+    Attributes:
+        model: see `model_shape`, with the key "config_sha256" where it is known.
+        order: layers, the one that costs least first.
+        losses: nats per token after each; None where it was not measured.
+        tried: of a step under way, the loss with each layer tried.
+        data: of the calibration text, "name", "sha256", "tokens" and "length".
+    """
 
     name: str
     model: dict[str, Any]
     order: tuple[int, ...]
-    measured: dict[str, Any] = field(default_factory=dict)
+    keep: float
+    window: int
+    method: str = "orthorank"
+    losses: tuple[float | None, ...] = ()
+    dense_loss: float | None = None
+    tried: dict[int, float] = field(default_factory=dict)
+    trials: int = 0
+    data: dict[str, Any] | None = None
+    dtype: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    date: str | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What two measurements must share for one to go on where the other stopped."""
+        names = ("model", "method", "keep", "window", "data", "dtype")
+        return {name: getattr(self, name) for name in names}
 
     def fits(self, model_shape: Mapping[str, Any]) -> bool:
         return all(self.model[key] == model_shape.get(key) for key in SHAPE_KEYS)
@@ -53,17 +80,24 @@ class Profile:
             raise ProfileError(f"it was measured on another model ({', '.join(differing)})")
 
     def write(self, path: Path) -> None:
-        """Write whole or not at all: a reader never meets half a profile."""
+        """Write whole or not at all: a reader never meets half a profile.
+
+        Raises:
+            OSError: nothing was changed.
+        """
         content = {
             "format": FORMAT,
-            "name": self.name,
-            "model": self.model,
+            **{key: value for key, value in vars(self).items() if value not in (None, {}, ())},
             "order": list(self.order),
-            "measured": self.measured,
         }
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        partial.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(json.dumps(content, indent=2) + "\n")
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def model_shape(hf_config: Any) -> dict[str, Any]:
@@ -80,6 +114,17 @@ def model_shape(hf_config: Any) -> dict[str, Any]:
     return shape
 
 
+def config_hash(hf_config: Any) -> str:
+    """SHA-256 of all that the configuration says about the model itself."""
+    settings = {
+        key: value
+        for key, value in hf_config.to_diff_dict().items()
+        if key not in _NOT_THE_MODEL and not key.startswith("_")
+    }
+    canonical = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
 def read_profile(path: str | Path) -> Profile:
     """
     Raises:
@@ -94,33 +139,49 @@ def read_profile(path: str | Path) -> Profile:
     return _from_json(content)
 
 
-def find_profile(shape: Mapping[str, Any]) -> Profile | None:
-    """The shipped profile of the model with this shape."""
+def cached_path(cache_root: str | Path, sha256: str, keep: float, window: int) -> Path:
+    """Where the profile of a model is kept that was measured on this machine."""
+    return Path(cache_root) / "orthorank" / f"{sha256[:32]}-keep{keep:.4f}-window{window}.json"
+
+
+def shipped_profiles() -> Iterator[Profile]:
+    """Those in the package."""
     folder = resources.files("orthorank_vllm") / "profile_data"
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if entry.name.endswith(".json"):
-            profile = _from_json(json.loads(entry.read_text()))
-            if profile.fits(shape):
-                return profile
-    return None
+            yield _from_json(json.loads(entry.read_text()))
+
+
+def find_profile(shape: Mapping[str, Any]) -> Profile | None:
+    """The shipped profile of the model with this shape."""
+    return next((profile for profile in shipped_profiles() if profile.fits(shape)), None)
 
 
 def _from_json(content: Any) -> Profile:
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ProfileError(f'it is not an OrthoRank profile with "format": {FORMAT}')
-    model, order = content.get("model"), content.get("order")
-    if not isinstance(model, dict) or not set(SHAPE_KEYS) <= model.keys():
-        raise ProfileError(f'its "model" must have {", ".join(SHAPE_KEYS)}')
-    num_layers = model["num_hidden_layers"]
-    if (
-        not isinstance(order, list)
-        or not all(type(layer) is int and 0 <= layer < num_layers for layer in order)
-        or len(set(order)) != len(order)
-    ):
-        raise ProfileError(f'its "order" must be different layer indices below {num_layers}')
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
+
+    if not isinstance(content, dict) or "format" not in content:
+        raise ProfileError("it is not an OrthoRank profile")
+    if content["format"] != FORMAT:
+        raise ProfileError(
+            f"its format is {content['format']!r} and this orthorank-vllm reads {FORMAT}; "
+            "measure it anew with `orthorank calibrate`"
+        )
+    schema = json.loads((resources.files("orthorank_vllm") / "profile.schema.json").read_text())
+    error = best_match(Draft202012Validator(schema).iter_errors(content))
+    if error is not None:
+        where = "".join(f"[{part!r}]" for part in error.absolute_path)
+        raise ProfileError(f"it is not a valid profile: {where} {error.message}".replace("  ", " "))
+    num_layers = content["model"]["num_hidden_layers"]
+    if any(layer >= num_layers for layer in content["order"]):
+        raise ProfileError(f'its "order" must hold layer indices below {num_layers}')
+    fields = {key: value for key, value in content.items() if key != "format"}
     return Profile(
-        name=str(content.get("name", "unnamed")),
-        model=model,
-        order=tuple(order),
-        measured=dict(content.get("measured") or {}),
+        **{
+            **fields,
+            "order": tuple(content["order"]),
+            "losses": tuple(content.get("losses", ())),
+            "tried": {int(layer): loss for layer, loss in content.get("tried", {}).items()},
+        }
     )

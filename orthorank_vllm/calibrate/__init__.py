@@ -1,0 +1,1 @@
+"""`orthorank calibrate`: which layers cost least quality when they are selective."""

@@ -1,0 +1,209 @@
+"""Choose the layers of a model by measurement, and write them to a profile.
+
+Greedy: step by step, the layer is added that raises the loss on a text least.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from orthorank_vllm.calibrate.greedy import Choice, choose
+from orthorank_vllm.calibrate.measurement import (
+    DEFAULT_LENGTH,
+    DEFAULT_TOKENS,
+    Measurement,
+    found_so_far,
+)
+from orthorank_vllm.calibrate.progress import TrialBar
+from orthorank_vllm.calibrate.text import BUILT_IN, built_in_text, read_text
+from orthorank_vllm.config import (
+    DEFAULT_KEEP,
+    DEFAULT_WINDOW,
+    OptionError,
+    parse_keep,
+    parse_ratio,
+    parse_window,
+    selective_count,
+)
+from orthorank_vllm.profiles import Profile, cached_path
+from orthorank_vllm.treatment import Treatment
+
+DEFAULT_MAX_RATIO = 0.5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own options."""
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--data",
+        metavar="FILE",
+        help='Text, or JSON lines with "text", to measure on; of the kind that will be served '
+        f"(default: {BUILT_IN}, which comes with Python).",
+    )
+    group.add_argument(
+        "--max-ratio",
+        default=DEFAULT_MAX_RATIO,
+        help="Choose layers up to this ratio (default: %(default)s).",
+    )
+    group.add_argument("--keep", default=DEFAULT_KEEP, help="As --orthorank-keep (default: 1/3).")
+    group.add_argument(
+        "--window", default=DEFAULT_WINDOW, help="As --orthorank-window (default: %(default)s)."
+    )
+    group.add_argument(
+        "--tokens",
+        default=DEFAULT_TOKENS,
+        help=f"Tokens to measure on, in stretches of {DEFAULT_LENGTH} from all over the text "
+        "(default: %(default)s).",
+    )
+    group.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="The profile to write (default: in vLLM's cache, where `vllm serve` finds it).",
+    )
+
+
+def run(arguments: argparse.Namespace, engine_args: Any) -> int:
+    """
+    Raises:
+        OptionError: see the options.
+    """
+    from orthorank_vllm.engine.workers import (
+        WorkersTrial,
+        loaded_workers,
+        measuring_config,
+        tokenizer_of,
+    )
+
+    keep = parse_option("--keep", parse_keep, arguments.keep)
+    treatment = Treatment(
+        keep=keep, window=parse_option("--window", parse_window, arguments.window)
+    )
+    max_ratio = parse_option("--max-ratio", parse_ratio, arguments.max_ratio)
+    tokens = parse_tokens(arguments.tokens)
+    text = read_text(arguments.data) if arguments.data else built_in_text()
+    if arguments.output:
+        check_writable(Path(arguments.output))
+    vllm_config = measuring_config(engine_args)
+    model_config = vllm_config.model_config
+    measurement = Measurement.of(
+        model_config, tokenizer_of(model_config), text, treatment, tokens=tokens
+    )
+    count = selective_count("--max-ratio", max_ratio, keep, measurement.num_layers)
+    output = Path(arguments.output) if arguments.output else default_output(measurement)
+    check_writable(output)
+    unfinished = output.with_name(output.name + ".unfinished")
+    choice = found_so_far(measurement, output, unfinished)
+    if len(choice.order) >= count:
+        print(f"{output} has these {len(choice.order)} layers already, measured in the same way")
+        return 0
+    if choice.trials:
+        print(f"going on from {len(choice.order)} of {count} layers", file=sys.stderr)
+    with loaded_workers(vllm_config) as workers:
+        trial = WorkersTrial(workers, measurement.texts, treatment)
+        measure(trial, measurement, choice, count, unfinished)
+    profile = measurement.profile(choice)
+    write(profile, output)
+    unfinished.unlink(missing_ok=True)
+    print(table(profile))
+    print(f"wrote {output}")
+    return 0
+
+
+def measure(
+    trial: Any, measurement: Measurement, choice: Choice, count: int, unfinished: Path
+) -> None:
+    """Choose, with a bar, and keep what is found in `unfinished` after each trial."""
+    with TrialBar(choice, count) as bar:
+
+        def on_trial() -> None:
+            write(measurement.profile(choice), unfinished)
+            bar.update()
+
+        try:
+            choose(trial, choice, count, on_trial)
+        except KeyboardInterrupt:
+            bar.close()
+            print(
+                f"stopped; {len(choice.order)} of {count} layers are kept in {unfinished}: run the "
+                "same command again to go on",
+                file=sys.stderr,
+            )
+            raise
+
+
+def parse_option(name: str, parse: Callable[[object], Any], value: object) -> Any:
+    """One of `config`'s parsers, with this command's name of the option in its message."""
+    try:
+        return parse(value)
+    except OptionError as error:
+        message = str(error).partition(" ")[2]
+        raise OptionError(f"{name} {message}") from None
+
+
+def parse_tokens(value: object) -> int:
+    tokens = int(str(value)) if str(value).isdecimal() else 0
+    if tokens < DEFAULT_LENGTH:
+        raise OptionError(
+            f"--tokens {value}: not allowed, give a whole number from {DEFAULT_LENGTH}"
+        )
+    return tokens
+
+
+def default_output(measurement: Measurement) -> Path:
+    """In vLLM's cache, by the model's configuration and the rule."""
+    from vllm import envs
+
+    treatment = measurement.treatment
+    return cached_path(
+        envs.VLLM_CACHE_ROOT, measurement.model["config_sha256"], treatment.keep, treatment.window
+    )
+
+
+def check_writable(path: Path) -> None:
+    """Before hours of work, not after.
+
+    Raises:
+        OptionError: a file could not be made there.
+    """
+    probe = path.with_name(path.name + ".probe")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OptionError(
+            f"-o {path}: it cannot be written ({error.strerror}); give a file in a folder that "
+            "can be written"
+        ) from None
+
+
+def write(profile: Profile, path: Path) -> None:
+    """
+    Raises:
+        OptionError: the disk is full, say; what was there is untouched.
+    """
+    try:
+        profile.write(path)
+    except OSError as error:
+        raise OptionError(f"-o {path}: it cannot be written ({error.strerror})") from None
+
+
+def table(profile: Profile) -> str:
+    """The order, with the loss and the perplexity after each layer, for a terminal."""
+    import math
+
+    lines = [f"{'layer':>5}  {'ratio':>5}  {'loss':>7}  {'perplexity':>10}"]
+    assert profile.dense_loss is not None
+    lines.append(
+        f"{'dense':>5}  {0:5.3f}  {profile.dense_loss:7.4f}  {math.exp(profile.dense_loss):10.2f}"
+    )
+    share = (1 - profile.keep) / profile.model["num_hidden_layers"]
+    for step, (layer, loss) in enumerate(zip(profile.order, profile.losses, strict=True), start=1):
+        if loss is not None:
+            lines.append(f"{layer:5}  {step * share:5.3f}  {loss:7.4f}  {math.exp(loss):10.2f}")
+    return "\n".join(lines)

@@ -1,0 +1,130 @@
+"""One calibration: what it is measured on, and its profile while it grows."""
+
+import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from orthorank_vllm import __version__
+from orthorank_vllm.calibrate.greedy import Choice
+from orthorank_vllm.calibrate.text import Text, segments
+from orthorank_vllm.config import OptionError
+from orthorank_vllm.profiles import Profile, ProfileError, config_hash, model_shape, read_profile
+from orthorank_vllm.treatment import Treatment
+
+DEFAULT_TOKENS = 2048
+DEFAULT_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What has to be the same for two measurements to be one that goes on."""
+
+    name: str
+    model: dict[str, Any]
+    treatment: Treatment
+    data: dict[str, Any]
+    dtype: str
+    texts: Sequence[Sequence[int]]
+
+    @classmethod
+    def of(
+        cls,
+        model_config: Any,
+        tokenize: Callable[[str], list[int]],
+        text: Text,
+        treatment: Treatment,
+        tokens: int = DEFAULT_TOKENS,
+        length: int = DEFAULT_LENGTH,
+    ) -> "Measurement":
+        """
+        Args:
+            model_config: vLLM's `ModelConfig`.
+
+        Raises:
+            OptionError: the text is too short.
+        """
+        texts = segments(text, tokenize, tokens, length)
+        hf_config = model_config.hf_text_config
+        return cls(
+            name=Path(str(model_config.model)).name,
+            model={**model_shape(hf_config), "config_sha256": config_hash(hf_config)},
+            treatment=treatment,
+            data={
+                "name": text.name,
+                "sha256": text.sha256,
+                "tokens": len(texts) * length,
+                "length": length,
+            },
+            dtype=str(model_config.dtype).removeprefix("torch."),
+            texts=texts,
+        )
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.model["num_hidden_layers"])
+
+    def is_of(self, profile: Profile) -> bool:
+        """Whether `profile` was measured in just this way."""
+        return self.profile(Choice(self.num_layers)).identity == profile.identity
+
+    def profile(self, choice: Choice) -> Profile:
+        """The profile of what has been chosen so far."""
+        return Profile(
+            name=self.name,
+            model=self.model,
+            method=self.treatment.method,
+            keep=self.treatment.keep,
+            window=self.treatment.window,
+            order=tuple(choice.order),
+            losses=tuple(choice.losses),
+            dense_loss=choice.dense_loss,
+            tried=dict(choice.tried),
+            trials=choice.trials,
+            data=self.data,
+            dtype=self.dtype,
+            versions={
+                "orthorank-vllm": __version__,
+                **{package: version(package) for package in ("vllm", "torch")},
+            },
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        )
+
+
+def choice_of(profile: Profile) -> Choice:
+    """Where the measurement of `profile` stopped."""
+    return Choice(
+        num_layers=int(profile.model["num_hidden_layers"]),
+        dense_loss=profile.dense_loss,
+        order=list(profile.order),
+        losses=list(profile.losses),
+        tried=dict(profile.tried),
+        trials=profile.trials,
+    )
+
+
+def found_so_far(measurement: Measurement, output: Path, unfinished: Path) -> Choice:
+    """What earlier runs of the same measurement left, if anything.
+
+    Raises:
+        OptionError: a file is in the way that this run must not replace.
+    """
+    for path in (unfinished, output):
+        if not path.exists():
+            continue
+        try:
+            profile = read_profile(path)
+        except ProfileError as error:
+            raise OptionError(
+                f"-o {path}: {error}; remove it, or give another -o FILE"
+            ) from None
+        if measurement.is_of(profile):
+            return choice_of(profile)
+        if path == unfinished:
+            raise OptionError(
+                f"-o {output}: {path.name} holds an unfinished measurement of another model, "
+                "text or rule; finish it with its own options, or remove it"
+            )
+    return Choice(measurement.num_layers)

@@ -1,0 +1,63 @@
+"""The progress bar of a greedy choice."""
+
+from types import TracebackType
+
+from tqdm import tqdm
+
+from orthorank_vllm.calibrate.greedy import Choice
+
+
+class TrialBar:
+    """Counts what trials cost, so that the time left is right: a trial skips the layers below."""
+
+    def __init__(self, choice: Choice, count: int) -> None:
+        """
+        Args:
+            choice: read at each update.
+            count: layers to be chosen.
+        """
+        self._choice = choice
+        self._count = count
+        self._left = _cost_left(choice, count)
+        self._bar = tqdm(
+            total=self._left,
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left",
+            dynamic_ncols=True,
+        )
+        self._describe()
+
+    def update(self) -> None:
+        """To be called after each trial."""
+        left = _cost_left(self._choice, self._count)
+        self._describe()
+        self._bar.update(self._left - left)
+        self._left = left
+
+    def _describe(self) -> None:
+        step = min(len(self._choice.order) + 1, self._count)
+        self._bar.set_description_str(f"layer {step} of {self._count}", refresh=False)
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def __enter__(self) -> "TrialBar":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _cost_left(choice: Choice, count: int) -> float:
+    """In passes through a layer, the logits counted as some; layers still to be chosen are averages."""
+    logits = 0.2 * choice.num_layers
+    remaining = choice.remaining
+    costs = {layer: choice.num_layers - layer + logits for layer in remaining}
+    mean = sum(costs.values()) / max(len(costs), 1)
+    now = sum(cost for layer, cost in costs.items() if layer not in choice.tried)
+    steps = range(1, count - len(choice.order))
+    return now + sum(mean * (len(remaining) - step) for step in steps)

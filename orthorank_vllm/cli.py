@@ -1,0 +1,81 @@
+"""The command `orthorank`."""
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from orthorank_vllm import __version__
+from orthorank_vllm.config import OptionError
+
+# Name: module with `add_arguments(parser)` and `run(arguments) -> exit status`, and what it does.
+COMMANDS = {
+    "calibrate": ("orthorank_vllm.calibrate.command", "choose a model's layers by measurement"),
+    "evaluate": ("orthorank_vllm.evaluate.command", "measure what a ratio costs in quality"),
+}
+INTERRUPTED = 128 + signal.SIGINT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        print(
+            f"orthorank: error: {name}: no such command; there are {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
+        return 2
+    _quieten_vllm()
+    try:
+        return _run(name, argv[1:])
+    except OptionError as error:
+        print(f"orthorank {name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _run(name: str, argv: list[str]) -> int:
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+    except ImportError as error:
+        raise OptionError(
+            f"vLLM cannot be imported ({error}); pip install 'orthorank-vllm[vllm]'"
+        ) from None
+    module: Any = importlib.import_module(COMMANDS[name][0])
+    parser = FlexibleArgumentParser(
+        prog=f"orthorank {name}",
+        usage=f"orthorank {name} MODEL [options] [vLLM's engine options, such as --dtype]",
+        description=module.__doc__,
+    )
+    parser.add_argument("model_tag", metavar="MODEL", help="A folder or hub name, as for vLLM.")
+    module.add_arguments(parser)
+    EngineArgs.add_cli_args(parser)
+    arguments = parser.parse_args(argv)
+    arguments.model = arguments.model_tag
+    # A polite stop, whoever asks for it, keeps what was found.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return int(module.run(arguments, EngineArgs.from_cli_args(arguments)))
+
+
+def _quieten_vllm() -> None:
+    # Its start-up lines would bury the progress bar. Read when vLLM is imported.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: orthorank COMMAND MODEL [options]", "", *lines, "", "orthorank COMMAND --help"]
+    )

@@ -1,0 +1,102 @@
+"""What the calibrating process asks of the workers, all of them at once.
+
+Each function runs in every worker, called with `Workers.call`; the answer that
+counts is the first one's. All ranks follow the same calls, so their shards of
+one forward meet.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from orthorank_vllm.engine.scoring import Forward, TextScore
+from orthorank_vllm.treatment import Treatment
+
+
+class _Step:
+    """One step of the greedy choice: layers tried in ascending order share the part below."""
+
+    def __init__(self, forward: Forward, chosen: Sequence[int], num_layers: int) -> None:
+        self._forward = forward
+        self._chosen = frozenset(chosen)
+        self._num_layers = num_layers
+        self._below = forward.embed()
+        self._next_layer = 0
+
+    def loss_with(self, layer: int | None) -> float | None:
+        """Mean negative log-probability with `layer` chosen as well, in nats per token."""
+        chosen = self._chosen
+        if layer is not None:
+            assert layer >= self._next_layer, "layers are tried in ascending order"
+            self._below = self._forward.through(
+                self._below, range(self._next_layer, layer), self._chosen
+            )
+            self._next_layer = layer
+            chosen = chosen | {layer}
+        stream = self._forward.through(
+            self._below.clone(), range(self._next_layer, self._num_layers), chosen
+        )
+        lengths = self._forward.texts.batch.query_len
+        scores = self._forward.log_probs(stream, [1] * len(lengths))
+        if scores is None:
+            return None
+        return -sum(score.log_prob for score in scores) / float((lengths - 1).sum())
+
+
+@torch.inference_mode()
+def use_texts(worker: Any, texts: Sequence[Sequence[int]], treatment: Treatment) -> None:
+    """Take these texts, token ids, and this treatment for the steps to come."""
+    worker.orthorank_forward = Forward(worker.get_model(), texts, treatment)
+
+
+@torch.inference_mode()
+def start_step(worker: Any, chosen: Sequence[int]) -> None:
+    """Start over from the embeddings, with some layers chosen already."""
+    model = worker.get_model().model
+    worker.orthorank_step = _Step(worker.orthorank_forward, chosen, len(model.layers))
+
+
+@torch.inference_mode()
+def loss_with(worker: Any, layer: int | None) -> float | None:
+    """See `_Step.loss_with`."""
+    loss: float | None = worker.orthorank_step.loss_with(layer)
+    return loss
+
+
+@torch.inference_mode()
+def score_texts(
+    worker: Any,
+    texts: Sequence[Sequence[int]],
+    first_scored: Sequence[int],
+    chosen: Sequence[int],
+    treatment: Treatment,
+) -> list[TextScore] | None:
+    """See `Forward.log_probs`."""
+    model = worker.get_model()
+    forward = Forward(model, texts, treatment)
+    stream = forward.through(
+        forward.embed(), range(len(model.model.layers)), frozenset(chosen)
+    )
+    return forward.log_probs(stream, first_scored)
+
+
+@torch.inference_mode()
+def cosines_to_sink(worker: Any, text: Sequence[int]) -> list[list[float]]:
+    """|cos| between each token's normalised state and the sink's, dense: [layers][positions]."""
+    model = worker.get_model()
+    forward = Forward(model, [text], Treatment())
+    stream = forward.embed()
+    rows = []
+    for index, layer in enumerate(model.model.layers):
+        normed = layer.input_layernorm(stream).float()
+        rows.append(torch.cosine_similarity(normed, normed[:1], dim=-1).abs().cpu().tolist())
+        stream = forward.through(stream, [index], frozenset())
+    return rows
+
+
+def forget_texts(worker: Any) -> None:
+    """Free what the functions above keep."""
+    for name in ("orthorank_forward", "orthorank_step"):
+        if name in vars(worker):
+            delattr(worker, name)

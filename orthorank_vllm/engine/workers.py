@@ -1,0 +1,91 @@
+"""vLLM's workers with a model loaded, and no engine around them: no KV cache, no requests."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from orthorank_vllm.config import OptionError
+from orthorank_vllm.engine import measuring
+from orthorank_vllm.engine.architectures import orthorank_architectures
+from orthorank_vllm.treatment import Treatment
+
+
+class Workers:
+    """An executor's workers, called together; each call answers with the first one's answer."""
+
+    def __init__(self, executor: Any) -> None:
+        """
+        Args:
+            executor: vLLM's `Executor` (vllm/v1/executor/abstract.py), its model loaded.
+        """
+        self._executor = executor
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run a function of the module `measuring` in each worker."""
+        return self._executor.collective_rpc(function, args=args)[0]
+
+
+class WorkersTrial:
+    """`calibrate.greedy.Trial` on a loaded model."""
+
+    def __init__(
+        self, workers: Workers, texts: Sequence[Sequence[int]], treatment: Treatment
+    ) -> None:
+        self._workers = workers
+        workers.call(measuring.use_texts, texts, treatment)
+
+    def start_step(self, chosen: Sequence[int]) -> None:
+        self._workers.call(measuring.start_step, tuple(chosen))
+
+    def loss_with(self, layer: int | None) -> float:
+        return float(self._workers.call(measuring.loss_with, layer))
+
+
+def measuring_config(engine_args: Any) -> Any:
+    """vLLM's `VllmConfig` for `loaded_workers`: eager, and small in what serving alone needs.
+
+    Args:
+        engine_args: vLLM's `EngineArgs`; changed.
+
+    Raises:
+        OptionError: vLLM cannot load the model, or its layers are not like Llama's.
+    """
+    # One process where one will do: half the memory, and Ctrl-C meets no child.
+    if engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size == 1:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        engine_args.distributed_executor_backend = "uni"
+    engine_args.enforce_eager = True
+    engine_args.max_num_seqs = 1
+    try:
+        vllm_config = engine_args.create_engine_config()
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise OptionError(f"MODEL {engine_args.model}: vLLM cannot load it ({reason})") from None
+    orthorank_architectures(vllm_config.model_config.architectures)
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise OptionError(
+            f"--pipeline-parallel-size {vllm_config.parallel_config.pipeline_parallel_size}: "
+            "not possible here, a choice of layers is measured on the whole model; give 1"
+        )
+    return vllm_config
+
+
+@contextmanager
+def loaded_workers(vllm_config: Any) -> Iterator[Workers]:
+    """Load the model as vLLM would to serve it, and unload it in the end."""
+    from vllm.v1.executor import Executor
+
+    executor = Executor.get_class(vllm_config)(vllm_config)
+    try:
+        yield Workers(executor)
+    finally:
+        executor.shutdown()
+
+
+def tokenizer_of(model_config: Any) -> Callable[[str], list[int]]:
+    """The model's own tokenizer, with the special tokens that it puts before a prompt."""
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    tokenizer = cached_tokenizer_from_config(model_config)
+    return lambda text: list(tokenizer.encode(text))
