@@ -18,7 +18,7 @@ ORTHORANK = --orthorank-ratio $(RATIO)
 THREADS = $(shell { nproc; lscpu -p=CORE,SOCKET | grep '^[0-9]' | sort -u | wc -l; } | sort -n | awk '$$1 > 0' | head -n 1)
 
 BIN     = $(VENV)/bin
-LOCKS   = requirements/cpu.lock requirements/dev.lock
+LOCKS   = requirements/cpu.lock requirements/evaluate.lock requirements/dev.lock
 STAMP   = $(VENV)/.installed
 # There while an installation is under way. Found at the start of one, it means that the last did not finish.
 PARTIAL = $(VENV)/.installing

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from orthorank_vllm.profiles import Profile, ProfileError, find_profile, read_profile
 
 DEFAULT_KEEP = 1 / 3
 DEFAULT_WINDOW = 128
-OPTION_NAMES = ("ratio", "keep", "window", "layers", "profile")
+DEFAULT_CALIBRATE_SECONDS = 60.0
+OPTION_NAMES = ("ratio", "keep", "window", "layers", "profile", "calibrate_seconds")
 
 # Without a measured order, the first layers (which form the sink) and the last
 # ones (which form the prediction) stay dense.
@@ -21,8 +22,13 @@ class OptionError(ValueError):
     """A user's mistake, told in one line: the option, the value and what is allowed."""
 
 
+def flag_of(name: str) -> str:
+    """The flag of `vllm serve` for an option's name offline."""
+    return f"--orthorank-{name.replace('_', '-')}"
+
+
 def _reject(name: str, value: object, allowed: str) -> OptionError:
-    return OptionError(f"--orthorank-{name} {value}: not allowed, {allowed}")
+    return OptionError(f"{flag_of(name)} {value}: not allowed, {allowed}")
 
 
 def parse_ratio(value: object) -> float:
@@ -73,12 +79,21 @@ def parse_profile(value: object) -> str:
     return value
 
 
+def parse_calibrate_seconds(value: object) -> float:
+    """Time for a calibration at start-up; 0 is none."""
+    number = _parse_number(value)
+    if number is None or number < 0:
+        raise _reject("calibrate_seconds", value, "give a number of seconds, or 0 for none")
+    return number
+
+
 _PARSERS = {
     "ratio": parse_ratio,
     "keep": parse_keep,
     "window": parse_window,
     "layers": parse_layers,
     "profile": parse_profile,
+    "calibrate_seconds": parse_calibrate_seconds,
 }
 
 
@@ -91,6 +106,7 @@ class Options:
     window: int = DEFAULT_WINDOW
     layers: tuple[int, ...] | None = None
     profile: str | None = None
+    calibrate_seconds: float = DEFAULT_CALIBRATE_SECONDS
 
     @classmethod
     def from_mapping(cls, given: object) -> "Options":
@@ -148,7 +164,12 @@ class Options:
 
 @dataclass(frozen=True)
 class OrthoRankConfig:
-    """What is run: options resolved for one model. Travels to every worker as a dict."""
+    """What is run: options resolved for one model. Travels to every worker as a dict.
+
+    Attributes:
+        to_choose: layers that a calibration at start-up has still to choose; 0
+            where `layers` is final.
+    """
 
     ratio_asked: float | None
     keep: float
@@ -157,6 +178,8 @@ class OrthoRankConfig:
     num_layers: int
     source: str
     measured: bool = True
+    to_choose: int = 0
+    calibrate_seconds: float = 0.0
 
     @property
     def ratio(self) -> float:
@@ -171,6 +194,24 @@ class OrthoRankConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "OrthoRankConfig":
         return cls(**{**values, "layers": tuple(values["layers"])})
 
+    def with_layers(
+        self, layers: Sequence[int], source: str, measured: bool = True
+    ) -> "OrthoRankConfig":
+        """The same with its layers chosen."""
+        return replace(
+            self, layers=tuple(sorted(layers)), source=source, measured=measured, to_choose=0
+        )
+
+    def evenly_spaced(self) -> "OrthoRankConfig":
+        """The same with layers that nothing was measured for.
+
+        Raises:
+            OptionError: there are too few that may be guessed.
+        """
+        assert self.ratio_asked is not None
+        layers = _evenly_spaced(self.ratio_asked, self.to_choose, self.num_layers)
+        return self.with_layers(layers, "even spacing (not measured)", measured=False)
+
     def describe(self) -> str:
         """The start-up line."""
         asked = "" if self.ratio_asked is None else f" (asked for {self.ratio_asked:.3g})"
@@ -182,48 +223,45 @@ class OrthoRankConfig:
         )
 
 
-def resolve(options: Options, model_shape: Mapping[str, Any]) -> OrthoRankConfig:
-    """Choose the selective layers of one model.
+def resolve(options: Options, model: Mapping[str, Any], cache_root: str) -> OrthoRankConfig:
+    """Choose the selective layers of one model, or leave that to a calibration at start-up.
 
     Args:
         options: active options.
-        model_shape: see `profiles.model_shape`.
+        model: see `profiles.model_identity`.
+        cache_root: vLLM's, where calibrated profiles are kept.
 
     Raises:
         OptionError: the options do not fit this model.
     """
-    num_layers = int(model_shape["num_hidden_layers"])
-    measured = True
-    if options.layers is not None:
-        layers = options.layers
-        source = "--orthorank-layers"
-        _check_layers(options, num_layers)
-    else:
-        assert options.ratio is not None
-        count = selective_count("--orthorank-ratio", options.ratio, options.keep, num_layers)
-        profile = _find_profile(options.profile, model_shape)
-        if profile is not None:
-            source = f"profile {profile.name}"
-            if count > len(profile.order):
-                raise _reject(
-                    "profile" if options.profile else "ratio",
-                    options.profile or options.ratio,
-                    f"ratio {options.ratio:.4g} needs {count} selective layers and {source} "
-                    f"ranks {len(profile.order)}",
-                )
-            layers = tuple(profile.order[:count])
-        else:
-            source, measured = "even spacing (not measured)", False
-            layers = _evenly_spaced(options.ratio, count, num_layers)
-    return OrthoRankConfig(
+    num_layers = int(model["num_hidden_layers"])
+    config = OrthoRankConfig(
         ratio_asked=options.ratio,
         keep=options.keep,
         window=options.window,
-        layers=tuple(sorted(layers)),
+        layers=(),
         num_layers=num_layers,
-        source=source,
-        measured=measured,
+        source="",
     )
+    if options.layers is not None:
+        _check_layers(options, num_layers)
+        return config.with_layers(options.layers, "--orthorank-layers")
+    assert options.ratio is not None
+    count = selective_count("--orthorank-ratio", options.ratio, options.keep, num_layers)
+    profile = _profile_of(options, model, cache_root)
+    if profile is not None and count <= len(profile.order):
+        return config.with_layers(profile.order[:count], profile.describe(options.keep))
+    config = replace(config, to_choose=count)
+    if options.profile is None and options.calibrate_seconds:
+        return replace(config, calibrate_seconds=options.calibrate_seconds)
+    if profile is not None:
+        raise _reject(
+            "profile" if options.profile else "ratio",
+            options.profile or options.ratio,
+            f"ratio {options.ratio:.4g} needs {count} selective layers and profile {profile.name} "
+            f"ranks {len(profile.order)}",
+        )
+    return config.evenly_spaced()
 
 
 def selective_count(option: str, ratio: float, keep: float, num_layers: int) -> int:
@@ -259,14 +297,14 @@ def _check_layers(options: Options, num_layers: int) -> None:
             )
 
 
-def _find_profile(path: str | None, model_shape: Mapping[str, Any]) -> Profile | None:
-    if path is None:
-        return find_profile(model_shape)
+def _profile_of(options: Options, model: Mapping[str, Any], cache_root: str) -> Profile | None:
+    if options.profile is None:
+        return find_profile(model, options.keep, options.window, cache_root)
     try:
-        profile = read_profile(path)
-        profile.check_fits(model_shape)
+        profile = read_profile(options.profile)
+        profile.check_fits(model)
     except ProfileError as error:
-        raise _reject("profile", path, str(error)) from None
+        raise _reject("profile", options.profile, str(error)) from None
     return profile
 
 

@@ -19,6 +19,8 @@ SEAMS = (
     "vllm.engine.arg_utils:EngineArgs.create_engine_config",
     "vllm.transformers_utils.config:get_config",
     "vllm.model_executor.models:ModelRegistry.register_model",
+    "vllm.v1.executor.abstract:Executor.collective_rpc",
+    "vllm.tokenizers:cached_tokenizer_from_config",
 )
 WORKER_SEAMS = (
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward",
@@ -49,6 +51,7 @@ def register() -> None:
     _add_flags()
     _read_flags()
     _configure_engine()
+    _calibrate_at_start()
     _register_architectures()
     _registered = True
 
@@ -136,6 +139,25 @@ def _configure_engine() -> None:
             raise SystemExit(2) from None
 
     EngineArgs.create_engine_config = create_engine_config
+
+
+def _calibrate_at_start() -> None:
+    # Why: layers can be chosen by measurement only when the weights are there, and should be
+    # before memory is measured; vLLM has no interface for that moment.
+    # Breaks on: an executor that loads its model later (the first prompt is then refused).
+    from vllm.v1.executor.abstract import Executor
+
+    original = Executor.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        if vllm_config.additional_config.get("orthorank", {}).get("to_choose"):
+            from orthorank_vllm.engine.startup import choose_layers
+
+            choose_layers(self, vllm_config)
+
+    Executor.__init__ = __init__
 
 
 def _register_architectures() -> None:

@@ -35,7 +35,7 @@ class Profile:
     """A measured layer order, and what it was measured on.
 
     Attributes:
-        model: see `model_shape`, with the key "config_sha256" where it is known.
+        model: see `model_identity`; a shipped one fits by shape alone.
         order: layers, the one that costs least first.
         losses: nats per token after each; None where it was not measured.
         tried: of a step under way, the loss with each layer tried.
@@ -62,6 +62,11 @@ class Profile:
         """What two measurements must share for one to go on where the other stopped."""
         names = ("model", "method", "keep", "window", "data", "dtype")
         return {name: getattr(self, name) for name in names}
+
+    def describe(self, keep: float) -> str:
+        """For the start-up line of a server that runs with `keep`."""
+        other = f" (measured with keep {self.keep:.3f})" if abs(self.keep - keep) > 1e-3 else ""
+        return f"profile {self.name}{other}"
 
     def fits(self, model_shape: Mapping[str, Any]) -> bool:
         return all(self.model[key] == model_shape.get(key) for key in SHAPE_KEYS)
@@ -114,6 +119,11 @@ def model_shape(hf_config: Any) -> dict[str, Any]:
     return shape
 
 
+def model_identity(hf_config: Any) -> dict[str, Any]:
+    """`model_shape`, and the hash of the whole configuration as "config_sha256"."""
+    return {**model_shape(hf_config), "config_sha256": config_hash(hf_config)}
+
+
 def config_hash(hf_config: Any) -> str:
     """SHA-256 of all that the configuration says about the model itself."""
     settings = {
@@ -152,9 +162,20 @@ def shipped_profiles() -> Iterator[Profile]:
             yield _from_json(json.loads(entry.read_text()))
 
 
-def find_profile(shape: Mapping[str, Any]) -> Profile | None:
-    """The shipped profile of the model with this shape."""
-    return next((profile for profile in shipped_profiles() if profile.fits(shape)), None)
+def find_profile(
+    model: Mapping[str, Any], keep: float, window: int, cache_root: str | Path
+) -> Profile | None:
+    """The profile of a model: measured on this machine with this rule, or else shipped.
+
+    Args:
+        model: see `model_identity`.
+        cache_root: vLLM's, see `cached_path`.
+    """
+    try:
+        return read_profile(cached_path(cache_root, model["config_sha256"], keep, window))
+    except ProfileError:
+        # Not there, or of another version: measured anew where that is asked for.
+        return next((profile for profile in shipped_profiles() if profile.fits(model)), None)
 
 
 def _from_json(content: Any) -> Profile:

@@ -61,15 +61,19 @@ def choose(
     choice: Choice,
     count: int,
     on_trial: Callable[[], None] = lambda: None,
+    breadth: int | None = None,
 ) -> None:
-    """Choose until there are `count` layers, trying every remaining one in each step.
+    """Choose until there are `count` layers.
 
     Args:
         choice: changed in place; a step under way goes on.
         on_trial: called after each trial.
+        breadth: layers tried in each step after the first, those that cost least
+            when last tried; None: every remaining one.
     """
     while len(choice.order) < count:
-        _step(trial, choice, choice.remaining, on_trial, lambda: True)
+        layers = choice.cheapest[:breadth] if choice.order else choice.remaining
+        _step(trial, choice, layers, on_trial, lambda: True)
 
 
 def choose_within(

@@ -11,7 +11,7 @@ from orthorank_vllm import __version__
 from orthorank_vllm.calibrate.greedy import Choice
 from orthorank_vllm.calibrate.text import Text, segments
 from orthorank_vllm.config import OptionError
-from orthorank_vllm.profiles import Profile, ProfileError, config_hash, model_shape, read_profile
+from orthorank_vllm.profiles import Profile, ProfileError, model_identity, read_profile
 from orthorank_vllm.treatment import Treatment
 
 DEFAULT_TOKENS = 2048
@@ -47,10 +47,9 @@ class Measurement:
             OptionError: the text is too short.
         """
         texts = segments(text, tokenize, tokens, length)
-        hf_config = model_config.hf_text_config
         return cls(
             name=Path(str(model_config.model)).name,
-            model={**model_shape(hf_config), "config_sha256": config_hash(hf_config)},
+            model=model_identity(model_config.hf_text_config),
             treatment=treatment,
             data={
                 "name": text.name,
@@ -117,9 +116,7 @@ def found_so_far(measurement: Measurement, output: Path, unfinished: Path) -> Ch
         try:
             profile = read_profile(path)
         except ProfileError as error:
-            raise OptionError(
-                f"-o {path}: {error}; remove it, or give another -o FILE"
-            ) from None
+            raise OptionError(f"-o {path}: {error}; remove it, or give another -o FILE") from None
         if measurement.is_of(profile):
             return choice_of(profile)
         if path == unfinished:

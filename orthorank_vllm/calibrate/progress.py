@@ -10,15 +10,17 @@ from orthorank_vllm.calibrate.greedy import Choice
 class TrialBar:
     """Counts what trials cost, so that the time left is right: a trial skips the layers below."""
 
-    def __init__(self, choice: Choice, count: int) -> None:
+    def __init__(self, choice: Choice, count: int, breadth: int | None = None) -> None:
         """
         Args:
             choice: read at each update.
             count: layers to be chosen.
+            breadth: see `choose`.
         """
         self._choice = choice
         self._count = count
-        self._left = _cost_left(choice, count)
+        self._breadth = breadth
+        self._left = _cost_left(choice, count, breadth)
         self._bar = tqdm(
             total=self._left,
             bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left",
@@ -28,7 +30,7 @@ class TrialBar:
 
     def update(self) -> None:
         """To be called after each trial."""
-        left = _cost_left(self._choice, self._count)
+        left = _cost_left(self._choice, self._count, self._breadth)
         self._describe()
         self._bar.update(self._left - left)
         self._left = left
@@ -52,12 +54,13 @@ class TrialBar:
         self.close()
 
 
-def _cost_left(choice: Choice, count: int) -> float:
-    """In passes through a layer, the logits counted as some; layers still to be chosen are averages."""
+def _cost_left(choice: Choice, count: int, breadth: int | None) -> float:
+    """In passes through a layer, the logits counted as some; of steps to come, the average."""
     logits = 0.2 * choice.num_layers
     remaining = choice.remaining
     costs = {layer: choice.num_layers - layer + logits for layer in remaining}
     mean = sum(costs.values()) / max(len(costs), 1)
-    now = sum(cost for layer, cost in costs.items() if layer not in choice.tried)
+    under_way = choice.cheapest[:breadth] if choice.order else remaining
+    now = sum(costs[layer] for layer in under_way if layer not in choice.tried)
     steps = range(1, count - len(choice.order))
-    return now + sum(mean * (len(remaining) - step) for step in steps)
+    return now + sum(mean * min(breadth or len(remaining), len(remaining) - step) for step in steps)

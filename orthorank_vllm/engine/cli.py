@@ -5,9 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 from orthorank_vllm.config import (
+    DEFAULT_CALIBRATE_SECONDS,
     DEFAULT_WINDOW,
     OPTION_NAMES,
     OptionError,
+    flag_of,
+    parse_calibrate_seconds,
     parse_keep,
     parse_layers,
     parse_profile,
@@ -28,7 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
     def add_flag(name: str, parse: Callable[[object], Any], text: str) -> None:
         group.add_argument(
-            f"--orthorank-{name}", type=_type(name, parse), default=argparse.SUPPRESS, help=text
+            flag_of(name), type=_type(name, parse), default=argparse.SUPPRESS, help=text
         )
 
     add_flag(
@@ -57,7 +60,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "profile",
         parse_profile,
         "A file with the model's layers in the order in which to make them selective "
-        "(default: the shipped profile of this model, if there is one).",
+        "(default: one that `orthorank calibrate` made, or the shipped one).",
+    )
+    add_flag(
+        "calibrate_seconds",
+        parse_calibrate_seconds,
+        "Where the model has no profile: time to choose its layers by measurement when it is "
+        "first started; 0 takes evenly spaced ones "
+        f"(default: {DEFAULT_CALIBRATE_SECONDS:g}).",
     )
 
 
@@ -73,7 +83,7 @@ def _type(name: str, parse: Callable[[object], Any]) -> Callable[[str], Any]:
             return parse(text)
         except OptionError as error:
             # argparse names the option itself.
-            message = str(error).removeprefix(f"--orthorank-{name} ")
+            message = str(error).removeprefix(f"{flag_of(name)} ")
             raise argparse.ArgumentTypeError(message) from None
 
     return convert

@@ -7,7 +7,7 @@ from orthorank_vllm.config import Options, resolve
 from orthorank_vllm.engine.architectures import hf_overrides_for
 from orthorank_vllm.engine.refusals import check_supported
 from orthorank_vllm.metrics import prepare_server
-from orthorank_vllm.profiles import model_shape
+from orthorank_vllm.profiles import model_identity
 
 
 def configure(
@@ -22,6 +22,8 @@ def configure(
     Raises:
         OptionError: see `config` and `refusals`.
     """
+    from vllm import envs
+
     additional = engine_args.additional_config
     if not isinstance(additional, dict) or "orthorank" not in additional:
         return create_engine_config(engine_args, *args, **kwargs)
@@ -32,7 +34,8 @@ def configure(
     engine_args.hf_overrides = hf_overrides_for(engine_args)
     vllm_config = create_engine_config(engine_args, *args, **kwargs)
     check_supported(vllm_config)
-    config = resolve(options, model_shape(vllm_config.model_config.hf_text_config))
+    model = model_identity(vllm_config.model_config.hf_text_config)
+    config = resolve(options, model, envs.VLLM_CACHE_ROOT)
     vllm_config.additional_config = {
         **vllm_config.additional_config,
         "orthorank": config.as_dict(),

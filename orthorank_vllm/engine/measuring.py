@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.engine.scoring import Forward, TextScore
 from orthorank_vllm.treatment import Treatment
 
@@ -75,9 +76,7 @@ def score_texts(
     """See `Forward.log_probs`."""
     model = worker.get_model()
     forward = Forward(model, texts, treatment)
-    stream = forward.through(
-        forward.embed(), range(len(model.model.layers)), frozenset(chosen)
-    )
+    stream = forward.through(forward.embed(), range(len(model.model.layers)), frozenset(chosen))
     return forward.log_probs(stream, first_scored)
 
 
@@ -100,3 +99,8 @@ def forget_texts(worker: Any) -> None:
     for name in ("orthorank_forward", "orthorank_step"):
         if name in vars(worker):
             delattr(worker, name)
+
+
+def use_layers(worker: Any, settings: dict[str, Any]) -> None:
+    """Hand the final configuration to the OrthoRank model of this worker."""
+    worker.get_model().orthorank.use_layers(OrthoRankConfig.from_dict(settings))

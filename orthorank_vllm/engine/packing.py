@@ -116,7 +116,9 @@ class _Rectangle:
             column = np.minimum(np.arange(self.width), lengths[:, None] - 1)
             self._row_of_cell = torch.from_numpy((start[:, None] + column).ravel()).to(device)
             self._cell_of_row = torch.from_numpy(
-                np.concatenate([group * self.width + np.arange(n) for group, n in enumerate(lengths)])
+                np.concatenate(
+                    [group * self.width + np.arange(n) for group, n in enumerate(lengths)]
+                )
             ).to(device)
 
     def pad(self, rows: torch.Tensor, heads: int) -> torch.Tensor:

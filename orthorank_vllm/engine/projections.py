@@ -16,16 +16,21 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
 
-class SplitWeight:
-    """The fused weight of one layer, cut between Q and K."""
+class FusedWeight:
+    """One layer's fused weight as it was loaded, kept until it is known whether to cut it.
 
-    def __init__(self, query: Linear, key_value: Linear) -> None:
-        self.query = query
-        self.key_value = key_value
+    Attributes:
+        query_rows: of the weight's first dimension; K and V follow.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, query_rows: int) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.query_rows = query_rows
 
     @classmethod
-    def of(cls, attn: Any) -> "SplitWeight | None":
-        """Cut `attn.qkv_proj`, loaded and not yet packed; None if it has to stay whole."""
+    def of(cls, attn: Any) -> "FusedWeight | None":
+        """Of `attn.qkv_proj`, loaded and not yet packed; None if it has to stay whole."""
         fused = attn.qkv_proj
         weight = getattr(fused, "weight", None)
         if (
@@ -35,8 +40,16 @@ class SplitWeight:
             or weight.ndim != 2
         ):
             return None
-        cut = attn.q_size
-        return cls(_packed(fused, slice(None, cut)), _packed(fused, slice(cut, None)))
+        bias = None if fused.bias is None else fused.bias.detach()
+        return cls(weight.detach(), bias, attn.q_size)
+
+
+class SplitWeight:
+    """The fused weight of one layer, cut between Q and K."""
+
+    def __init__(self, fused: FusedWeight) -> None:
+        self.query = _packed(fused, slice(None, fused.query_rows))
+        self.key_value = _packed(fused, slice(fused.query_rows, None))
 
 
 def project(
@@ -59,11 +72,11 @@ def project(
     return key, value, lambda rows: query[rows]
 
 
-def _packed(fused: Any, rows: slice) -> Linear:
+def _packed(fused: FusedWeight, rows: slice) -> Linear:
     part: Any = nn.Module()
     # A view of whole rows: packing copies it, a copy before that would only fragment the heap.
-    part.weight = nn.Parameter(fused.weight.detach()[rows], requires_grad=False)
-    bias = None if fused.bias is None else fused.bias.detach()[rows]
+    part.weight = nn.Parameter(fused.weight[rows], requires_grad=False)
+    bias = None if fused.bias is None else fused.bias[rows]
     dispatch_cpu_unquantized_gemm(part, remove_weight=True)
 
     def linear(rows_in: torch.Tensor) -> torch.Tensor:

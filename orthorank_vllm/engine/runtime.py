@@ -8,7 +8,7 @@ from vllm.logger import init_logger
 
 from orthorank_vllm.config import OptionError, OrthoRankConfig
 from orthorank_vllm.engine.forward import SelectiveLayer, sparse_forward
-from orthorank_vllm.engine.projections import SplitWeight
+from orthorank_vllm.engine.projections import FusedWeight, SplitWeight
 from orthorank_vllm.engine.refusals import check_supported
 from orthorank_vllm.engine.sinks import SinkTable
 from orthorank_vllm.metrics import worker_metrics
@@ -38,30 +38,50 @@ class OrthoRank:
                 "architecture to the plugin"
             )
         check_supported(vllm_config)
-        self.config = OrthoRankConfig.from_dict(settings)
-        self._selective = {
-            layer: SelectiveLayer(sink_row) for sink_row, layer in enumerate(self.config.layers)
-        }
         model_config = vllm_config.model_config
-        self._sinks = SinkTable(
-            num_selective=len(self.config.layers),
-            capacity=vllm_config.scheduler_config.max_num_seqs + SPARE_SINK_SLOTS,
-            hidden_size=model_config.get_hidden_size(),
-            dtype=model_config.dtype,
-            device=torch.get_default_device(),
-        )
+        self._sink_capacity = vllm_config.scheduler_config.max_num_seqs + SPARE_SINK_SLOTS
+        self._hidden_size = model_config.get_hidden_size()
+        self._dtype = model_config.dtype
+        self._device = torch.get_default_device()
         self._metrics = worker_metrics(vllm_config)
         self._skipped: torch.Tensor | None = None
-        logger.info(self.config.describe())
-        if not self.config.measured:
+        # Weights of layers that may yet become selective.
+        self._fused: dict[int, FusedWeight] = {}
+        self.config = OrthoRankConfig.from_dict(settings)
+        if not self.config.to_choose:
+            self.use_layers(self.config)
+
+    def use_layers(self, config: OrthoRankConfig) -> None:
+        """Take the layers that are final now, at once or after a calibration at start-up."""
+        self.config = config
+        self._selective = {
+            layer: SelectiveLayer(sink_row, self._split_of(layer))
+            for sink_row, layer in enumerate(config.layers)
+        }
+        self._fused = {}
+        self._sinks = SinkTable(
+            num_selective=len(config.layers),
+            capacity=self._sink_capacity,
+            hidden_size=self._hidden_size,
+            dtype=self._dtype,
+            device=self._device,
+        )
+        logger.info(config.describe())
+        if not config.measured:
             logger.warning(
                 "OrthoRank has no measured layer order for this model: its layers are evenly "
                 "spaced, which costs quality. Measure one with `orthorank calibrate`, or give "
-                "--orthorank-profile or --orthorank-layers."
+                "--orthorank-profile, --orthorank-layers or more --orthorank-calibrate-seconds."
             )
+
+    def _split_of(self, layer: int) -> SplitWeight | None:
+        fused = self._fused.get(layer)
+        return None if fused is None else SplitWeight(fused)
 
     def plan(self, batch: Batch) -> Plan | None:
         """The competition of one forward, None if it is a dense one."""
+        if self.config.to_choose:
+            raise RuntimeError("OrthoRank was to choose its layers at start-up and has not")
         return make_plan(batch, self.config.keep, self.config.window)
 
     def forward(
@@ -89,7 +109,13 @@ class OrthoRank:
 
     def weights_changed(self, model: nn.Module) -> None:
         """To be called when `model` has loaded its weights, before vLLM packs them."""
-        self._sinks.clear()
         layers: Any = model.layers
-        for index, kept in self._selective.items():
-            kept.split = SplitWeight.of(layers[index].self_attn)
+        candidates = range(len(layers)) if self.config.to_choose else self.config.layers
+        fused = {layer: FusedWeight.of(layers[layer].self_attn) for layer in candidates}
+        self._fused = {layer: weight for layer, weight in fused.items() if weight is not None}
+        if self.config.to_choose:
+            return
+        self._sinks.clear()
+        for layer, kept in self._selective.items():
+            kept.split = self._split_of(layer)
+        self._fused = {}

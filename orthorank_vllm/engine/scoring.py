@@ -144,7 +144,9 @@ class Forward:
                 continue
             logits = logits.float()
             is_likeliest = logits.gather(1, target[:, None])[:, 0] >= logits.amax(1)
-            parts.append(torch.stack([-cross_entropy(logits, target, reduction="none"), is_likeliest]))
+            parts.append(
+                torch.stack([-cross_entropy(logits, target, reduction="none"), is_likeliest])
+            )
         if not parts:
             return None
         log_prob, is_greedy = torch.cat(parts, dim=1).double().cpu()

@@ -83,9 +83,8 @@ def loaded_workers(vllm_config: Any) -> Iterator[Workers]:
         executor.shutdown()
 
 
-def tokenizer_of(model_config: Any) -> Callable[[str], list[int]]:
-    """The model's own tokenizer, with the special tokens that it puts before a prompt."""
+def tokenizer_of(model_config: Any) -> Any:
+    """The model's own tokenizer; its `encode` puts the special tokens before a text."""
     from vllm.tokenizers import cached_tokenizer_from_config
 
-    tokenizer = cached_tokenizer_from_config(model_config)
-    return lambda text: list(tokenizer.encode(text))
+    return cached_tokenizer_from_config(model_config)

@@ -1,0 +1,168 @@
+"""One HTML page with everything in it: nothing is loaded from anywhere."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from orthorank_vllm.evaluate import plots
+from orthorank_vllm.evaluate.results import DENSE, Results, Run, write_whole
+from orthorank_vllm.treatment import METHODS
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff;
+  max-width: 46rem; margin: 2.5rem auto; padding: 0 1.25rem; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin-bottom: .25rem; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
+p.lead { font-size: 1.1rem; }
+p.note, figcaption, footer { color: #555; font-size: .9rem; }
+figure { margin: 1rem 0; }
+svg { max-width: 100%; height: auto; }
+div.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
+th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid #e3e3e3; }
+th:first-child, td:first-child { text-align: left; }
+th { border-bottom: 2px solid #999; }
+tr.ours td { background: #eef5fb; }
+dt { font-weight: 600; }
+dd { margin: 0 0 .5rem; overflow-wrap: anywhere; }
+""".strip()
+
+
+def write_report(results: Results, runs: Sequence[Run], path: Path) -> None:
+    """
+    Args:
+        runs: those of the results to show.
+
+    Raises:
+        OptionError: the file cannot be written; what was there is untouched.
+    """
+    write_whole(path, render(results, runs))
+
+
+def render(results: Results, runs: Sequence[Run]) -> str:
+    """The page."""
+    data = results.identity["data"]
+    tasks = list(results.identity["tasks"])
+    parts = [
+        f"<h1>OrthoRank on {escape(results.name)}</h1>",
+        f'<p class="lead">{escape(_lead(runs))}</p>',
+        "<h2>Results</h2>",
+        _table(runs, tasks),
+        f'<p class="note">Perplexity of {escape(data["name"])}: {results.identity["segments"]} '
+        f"segments of {data['length']} tokens. The ratio is the fraction of token-layer updates "
+        "that prefill saves, reached with whole layers.</p>",
+        "<h2>Perplexity against ratio</h2>",
+        _figure(
+            "perplexity",
+            plots.perplexity_against_ratio(runs),
+            "Lower is better; the scale is logarithmic. "
+            + " ".join(f"{method}: {METHODS[method]}." for method in _methods(runs)),
+        ),
+    ]
+    if tasks:
+        parts.append("<h2>Zero-shot accuracy</h2>")
+        parts += [
+            _figure(
+                f"task-{task}",
+                plots.accuracy_bars(runs, task),
+                f"{task}: {runs[0].tasks[task]['questions']} questions, with standard errors.",
+            )
+            for task in tasks
+        ]
+    measured = {m: p for m, p in results.profiles.items() if p.dense_loss is not None}
+    if measured:
+        parts += [
+            "<h2>Calibration: loss after each greedy step</h2>",
+            _figure("steps", plots.loss_by_step(measured), "Each point is named by its layer."),
+        ]
+    selective = max((run.layers for run in runs if run.method == "orthorank"), key=len, default=())
+    parts += [
+        "<h2>Alignment with the sink</h2>",
+        _figure(
+            "cosines",
+            plots.cosine_map(results.cosines, selective),
+            "|cos| between each token's normalised state and the first token's, in the dense model, "
+            "on the beginning of the text. Dark: orthogonal, still moving. Marked layers are "
+            "selective at the largest ratio.",
+        ),
+        "<h2>How it was measured</h2>",
+        _provenance(results),
+    ]
+    title = f"OrthoRank on {escape(results.name)}"
+    return "\n".join(
+        [
+            "<!doctype html>",
+            '<html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{title}</title><style>{STYLE}</style></head><body>",
+            *parts,
+            "</body></html>\n",
+        ]
+    )
+
+
+def _lead(runs: Sequence[Run]) -> str:
+    dense = next((run for run in runs if run.method == DENSE), None)
+    ours = [run for run in runs if run.method == "orthorank"]
+    if not ours:
+        return "Only the dense model was measured."
+    most = max(ours, key=lambda run: run.ratio)
+    text = f"At ratio {most.ratio:.3f} OrthoRank's perplexity is {most.perplexity:.2f}"
+    if dense is not None:
+        text += f"; the dense model's is {dense.perplexity:.2f}"
+    others = [run for run in runs if run.ratio_asked == most.ratio_asked and run != most]
+    if others:
+        listed = ", ".join(f"{run.method} {run.perplexity:.2f}" for run in others)
+        text += f". At the same ratio: {listed}"
+    return text + "."
+
+
+def _methods(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(run.method for run in runs if run.method != DENSE))
+
+
+def _table(runs: Sequence[Run], tasks: Sequence[str]) -> str:
+    header = "".join(f"<th>{escape(name)}</th>" for name in ("", "ratio", "perplexity", *tasks))
+    rows = []
+    for run in runs:
+        cells = [run.label, f"{run.ratio:.3f}", f"{run.perplexity:.2f}"]
+        cells += [_accuracy(run, task) for task in tasks]
+        ours = ' class="ours"' if run.method == "orthorank" else ""
+        rows.append(f"<tr{ours}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return f'<div class="wide"><table><tr>{header}</tr>{"".join(rows)}</table></div>'
+
+
+def _accuracy(run: Run, task: str) -> str:
+    found = run.tasks[task]
+    normalised = f"<br>norm. {found['acc_norm']:.3f}" if "acc_norm" in found else ""
+    return f"{found['acc']:.3f} ± {found['stderr']:.3f}{normalised}"
+
+
+def _figure(name: str, svg: str, caption: str) -> str:
+    return (
+        f'<figure id="{escape(name)}"><div class="wide">{svg}</div>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def _provenance(results: Results) -> str:
+    identity = results.identity
+    entries = {
+        "Model": f"{results.name}, {identity['dtype']}",
+        "Rule": f"keep {identity['keep']:.4g}, window {identity['window'] or 'whole prompt'}",
+        "Test text": f"{identity['data']['name']}, SHA-256 {identity['data']['sha256']}",
+        **{
+            f"Layers of {method}": f"{', '.join(map(str, profile.order))}"
+            + (
+                f"; chosen on {profile.data['name']}, {profile.data['tokens']} tokens, "
+                f"SHA-256 {profile.data['sha256']}"
+                if profile.data
+                else ""
+            )
+            for method, profile in results.profiles.items()
+        },
+        "Versions": ", ".join(f"{name} {number}" for name, number in results.versions.items()),
+    }
+    listed = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in entries.items())
+    return f"<dl>{listed}</dl>"

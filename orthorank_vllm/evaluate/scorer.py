@@ -1,0 +1,64 @@
+"""Log-probabilities of many texts with one choice of layers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from orthorank_vllm.engine import measuring
+from orthorank_vllm.engine.scoring import TextScore
+from orthorank_vllm.engine.workers import Workers
+from orthorank_vllm.treatment import Treatment
+
+# In one forward: enough to keep the processor busy, little enough to stay small.
+TOKENS_PER_FORWARD = 2048
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A loaded model with a treatment of some layers."""
+
+    workers: Workers
+    layers: tuple[int, ...] = ()
+    treatment: Treatment = field(default_factory=Treatment)
+
+    def __call__(
+        self,
+        texts: Sequence[Sequence[int]],
+        first_scored: Sequence[int],
+        on_texts: Callable[[int], Any] = lambda count: None,
+    ) -> list[TextScore]:
+        """Score each text's tokens from a position on.
+
+        Texts of like length go together: a forward pads them to its longest.
+
+        Args:
+            texts: token ids, at least two in each.
+            first_scored: position of the first scored token of each, at least 1.
+            on_texts: called after each forward with the number of its texts.
+        """
+        scores: list[TextScore | None] = [None] * len(texts)
+        for indices in _forwards([len(text) for text in texts]):
+            answers = self.workers.call(
+                measuring.score_texts,
+                [texts[index] for index in indices],
+                [first_scored[index] for index in indices],
+                self.layers,
+                self.treatment,
+            )
+            for index, answer in zip(indices, answers, strict=True):
+                scores[index] = answer
+            on_texts(len(indices))
+        return [score for score in scores if score is not None]
+
+
+def _forwards(lengths: Sequence[int]) -> list[list[int]]:
+    by_length = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
+    forwards: list[list[int]] = []
+    room = 0
+    for index in by_length:
+        if lengths[index] > room:
+            forwards.append([])
+            room = max(TOKENS_PER_FORWARD, lengths[index])
+        forwards[-1].append(index)
+        room -= lengths[index]
+    return forwards
