@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orthorank_vllm.config import OptionError, Options, OrthoRankConfig, resolve
-from orthorank_vllm.profiles import Profile
+from orthorank_vllm.profiles import Profile, cached_path
 
 SMOLLM2 = {
     "hidden_size": 576,
@@ -17,12 +17,22 @@ SMOLLM2 = {
     "num_key_value_heads": 3,
     "rope_theta": 100000.0,
     "vocab_size": 49152,
+    "config_sha256": "5" * 64,
 }
 UNKNOWN = {**SMOLLM2, "hidden_size": 640}
+PROFILE = {
+    "format": 2,
+    "name": "mine",
+    "model": SMOLLM2,
+    "method": "orthorank",
+    "keep": 1 / 3,
+    "window": 128,
+    "order": [1],
+}
 
 
-def resolved(shape: dict[str, Any] = SMOLLM2, **given: Any) -> OrthoRankConfig:
-    return resolve(Options.from_mapping(given), shape)
+def resolved(model: dict[str, Any] = SMOLLM2, **given: Any) -> OrthoRankConfig:
+    return resolve(Options.from_mapping(given), model, cache_root="/nowhere")
 
 
 @pytest.mark.parametrize(
@@ -62,8 +72,11 @@ def test_a_wrong_option_is_named_in_one_line(given: Any, named: str) -> None:
     [
         ({"layers": [30]}, "this model has layers 0 to 29"),
         ({"layers": [3, 4], "ratio": 0.3}, "reach ratio 0.044"),
-        ({"ratio": 0.001}, "give at least 0.02222"),
-        ({"ratio": 0.6}, "needs 27 selective layers and profile smollm2-135m ranks 14"),
+        ({"ratio": 0.001}, "makes 0 of this model's 30 layers selective; give 0.02222 to 0.6667"),
+        (
+            {"ratio": 0.6, "calibrate_seconds": 0},
+            "needs 27 selective layers and profile SmolLM2-135M-Instruct ranks 14",
+        ),
         ({"ratio": 0.3, "profile": "/nowhere.json"}, "cannot be read (No such file"),
     ],
 )
@@ -78,22 +91,20 @@ def test_an_option_that_does_not_fit_the_model_is_named_in_one_line(
 
 def test_more_layers_than_an_unmeasured_model_may_lose_is_an_error() -> None:
     with pytest.raises(OptionError, match=r"only 25 of this model's 30 may be"):
-        resolved(UNKNOWN, ratio=0.6)
+        resolved(UNKNOWN, ratio=0.6, calibrate_seconds=0)
 
 
 @pytest.mark.parametrize(
     ("content", "named"),
     [
         ("{", "it is not JSON"),
-        ("[]", 'it is not an OrthoRank profile with "format": 1'),
-        (json.dumps({"format": 1, "model": {}, "order": []}), 'its "model" must have'),
-        (json.dumps({"format": 1, "model": SMOLLM2, "order": [1, 1]}), 'its "order" must be'),
-        (json.dumps({"format": 1, "model": SMOLLM2, "order": [30]}), 'its "order" must be'),
+        (json.dumps({**PROFILE, "format": 1}), "its format is 1 and this orthorank-vllm reads 2"),
+        (json.dumps({**PROFILE, "order": [1, 1]}), "has non-unique elements"),
         (
-            json.dumps({"format": 1, "model": UNKNOWN, "order": [1]}),
+            json.dumps({**PROFILE, "model": UNKNOWN}),
             "measured on another model (hidden_size 640 against 576)",
         ),
-        (json.dumps({"format": 1, "model": SMOLLM2, "order": [1]}), "ranks 1"),
+        (json.dumps(PROFILE), "ranks 1"),
     ],
 )
 def test_a_profile_that_cannot_be_used_says_why(tmp_path: Path, content: str, named: str) -> None:
@@ -125,7 +136,7 @@ def test_the_ratio_reached_is_what_is_reported() -> None:
 def test_the_shipped_profile_is_found_by_the_shape_of_the_model() -> None:
     config = resolved(ratio=0.1)
     assert set(config.layers) == {7, 26, 14, 25, 13}
-    assert config.source == "profile smollm2-135m"
+    assert config.source == "profile SmolLM2-135M-Instruct"
     assert config.measured
 
 
@@ -139,7 +150,7 @@ def test_a_ratio_given_with_layers_may_differ_by_one_layers_share() -> None:
 
 
 def test_without_a_profile_the_layers_are_evenly_spaced_and_leave_out_both_ends() -> None:
-    config = resolved(UNKNOWN, ratio=0.3)
+    config = resolved(UNKNOWN, ratio=0.3, calibrate_seconds=0)
     assert len(config.layers) == 14
     assert min(config.layers) >= 3
     assert max(config.layers) <= 27
@@ -150,7 +161,7 @@ def test_without_a_profile_the_layers_are_evenly_spaced_and_leave_out_both_ends(
 
 def test_a_profile_file_gives_its_first_layers(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
-    Profile(name="mine", model=UNKNOWN, order=(9, 4, 2, 8)).write(path)
+    Profile("mine", UNKNOWN, (9, 4, 2, 8), keep=1 / 3, window=128).write(path)
     config = resolved(UNKNOWN, ratio=0.06, profile=str(path))
     assert config.layers == (2, 4, 9)
     assert config.source == "profile mine"
@@ -159,3 +170,37 @@ def test_a_profile_file_gives_its_first_layers(tmp_path: Path) -> None:
 def test_a_resolved_configuration_survives_the_way_to_a_worker() -> None:
     config = resolved(ratio=0.3, keep=0.25, window=0)
     assert OrthoRankConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
+
+
+def test_without_a_profile_the_layers_are_left_to_a_calibration_at_start_up() -> None:
+    config = resolved(UNKNOWN, ratio=0.3)
+    assert (config.to_choose, config.layers, config.calibrate_seconds) == (14, (), 60)
+    assert OrthoRankConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
+
+
+def test_a_ratio_past_the_shipped_profile_is_calibrated_too() -> None:
+    assert resolved(ratio=0.5).to_choose == 23
+    with pytest.raises(OptionError, match="profile SmolLM2-135M-Instruct ranks 14"):
+        resolved(ratio=0.5, calibrate_seconds=0)
+
+
+def test_a_profile_given_by_hand_that_ranks_too_few_layers_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    Profile("mine", UNKNOWN, (9, 4), keep=1 / 3, window=128).write(path)
+    with pytest.raises(OptionError, match=r"--orthorank-profile .* profile mine ranks 2"):
+        resolved(UNKNOWN, ratio=0.3, profile=str(path))
+
+
+def test_a_profile_measured_here_goes_before_the_shipped_one(tmp_path: Path) -> None:
+    Profile("mine", SMOLLM2, tuple(range(5, 25)), keep=1 / 3, window=128).write(
+        cached_path(tmp_path, "5" * 64, 1 / 3, 128)
+    )
+    options = Options.from_mapping({"ratio": 0.3})
+    assert resolve(options, SMOLLM2, str(tmp_path)).source == "profile mine"
+    options = Options.from_mapping({"ratio": 0.3, "window": 64})
+    assert resolve(options, SMOLLM2, str(tmp_path)).source == "profile SmolLM2-135M-Instruct"
+
+
+def test_a_profile_measured_with_another_keep_says_so() -> None:
+    source = resolved(ratio=0.3, keep=0.25).source
+    assert source == "profile SmolLM2-135M-Instruct (measured with keep 0.333)"

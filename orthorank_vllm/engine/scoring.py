@@ -25,7 +25,7 @@ LOGIT_ROWS = 256
 
 @dataclass(frozen=True)
 class TextScore:
-    """Of one text's scored tokens: the log-probabilities' sum, and whether each was the likeliest."""
+    """Of one text's scored tokens: their log-probability, and whether each was the likeliest."""
 
     log_prob: float
     is_greedy: bool

@@ -5,6 +5,7 @@ Perplexity of a text and accuracy on tasks, dense and at each ratio, as a table,
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,12 @@ from orthorank_vllm.calibrate.command import (
     write,
 )
 from orthorank_vllm.calibrate.greedy import Choice
-from orthorank_vllm.calibrate.measurement import Measurement, found_so_far
+from orthorank_vllm.calibrate.measurement import (
+    DEFAULT_LENGTH,
+    DEFAULT_TOKENS,
+    Measurement,
+    found_so_far,
+)
 from orthorank_vllm.calibrate.text import BUILT_IN, Text, built_in_text, read_text
 from orthorank_vllm.config import (
     DEFAULT_KEEP,
@@ -35,7 +41,13 @@ from orthorank_vllm.evaluate.report import write_report
 from orthorank_vllm.evaluate.results import Results, plan_runs
 from orthorank_vllm.evaluate.scorer import Scorer
 from orthorank_vllm.evaluate.tasks import TaskFile, accuracies, read_task
-from orthorank_vllm.profiles import Profile, ProfileError, find_profile, read_profile
+from orthorank_vllm.profiles import (
+    Profile,
+    ProfileError,
+    find_profile,
+    model_identity,
+    read_profile,
+)
 from orthorank_vllm.treatment import METHODS, Treatment
 
 DEFAULT_RATIOS = "0,0.1,0.2,0.3"
@@ -87,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="The text to choose the layers to prune with; that of the profile, for a fair "
         f"comparison (default: {BUILT_IN}).",
     )
+    group.add_argument("--breadth", help="As `orthorank calibrate --breadth`, for pruning.")
     group.add_argument(
         "-o",
         "--output",
@@ -109,6 +122,7 @@ class Asked:
     tasks: list[TaskFile]
     limit: int | None
     calibration: Text
+    breadth: int | None
     folder: Path
 
     @classmethod
@@ -130,6 +144,9 @@ class Asked:
             tasks=[read_task(path) for path in arguments.tasks],
             limit=parse_count("--limit", arguments.limit, least=1) if arguments.limit else None,
             calibration=read_text(given, "--calibration-data") if given else built_in_text(),
+            breadth=(
+                parse_count("--breadth", arguments.breadth, least=1) if arguments.breadth else None
+            ),
             folder=Path(arguments.output),
         )
         names = [task.name for task in asked.tasks]
@@ -162,16 +179,18 @@ def run(arguments: argparse.Namespace, engine_args: Any) -> int:
     model_config = vllm_config.model_config
     tokenizer = tokenizer_of(model_config)
     segments = cut(asked.text, tokenizer.encode(asked.text.content), asked.length)
-    pruning = Measurement.of(
-        model_config, tokenizer.encode, asked.calibration, replace(asked.treatment, method="prune")
+    profile = _profile(
+        arguments.profile, model_identity(model_config.hf_text_config), asked.treatment
     )
-    profile = _profile(arguments.profile, pruning.model, asked.treatment)
     if profile.data is not None and profile.data["sha256"] == asked.text.sha256:
         raise OptionError(
             f"--data {arguments.data}: the profile {profile.name} was chosen on it; a choice must "
             "not be tested on what it was made on"
         )
-    results = Results.load(asked.folder / "results.json", pruning.name, _identity(asked, pruning))
+    pruning = _pruning(asked, profile, model_config, tokenizer.encode)
+    results = Results.load(
+        asked.folder / "results.json", pruning.name, _identity(asked, pruning, len(segments))
+    )
     results.versions = pruning.profile(Choice(pruning.num_layers)).versions
     results.profiles["orthorank"] = profile
 
@@ -179,7 +198,7 @@ def run(arguments: argparse.Namespace, engine_args: Any) -> int:
         if "prune" in asked.methods and any(asked.ratios):
             count = selective_count("--ratios", max(asked.ratios), 0, pruning.num_layers)
             trial = WorkersTrial(workers, pruning.texts, pruning.treatment)
-            results.profiles["prune"] = _pruned(trial, pruning, count, asked.folder)
+            results.profiles["prune"] = _pruned(trial, pruning, count, asked)
         runs = plan_runs(asked.methods, asked.ratios, results.profiles, asked.treatment)
         if not results.cosines:
             head = segments[0][:HEAT_MAP_TOKENS]
@@ -188,19 +207,22 @@ def run(arguments: argparse.Namespace, engine_args: Any) -> int:
         for number, planned in enumerate(runs, start=1):
             measured = results.measured(planned)
             if measured is None:
-                scorer = Scorer(
-                    workers, planned.layers, replace(asked.treatment, method=planned.method)
-                )
-                with tqdm(
-                    desc=f"{planned.label} ({number} of {len(runs)})",
-                    total=len(segments),
-                    unit="segments",
-                ) as bar:
+                treatment = replace(asked.treatment, method=planned.method)
+                scorer = Scorer(workers, planned.layers, treatment)
+                label = f"{planned.label} ({number} of {len(runs)})"
+                with tqdm(desc=f"{label}: text", total=len(segments), unit="segments") as bar:
                     value = perplexity(scorer, segments, bar.update)
                 found = {}
                 if asked.tasks:
-                    max_length = int(model_config.max_model_len)
-                    found = accuracies(scorer, asked.tasks, tokenizer, max_length, asked.limit)
+                    with tqdm(desc=f"{label}: tasks", unit="answers") as bar:
+                        found = accuracies(
+                            scorer,
+                            asked.tasks,
+                            tokenizer,
+                            int(model_config.max_model_len),
+                            asked.limit,
+                            bar.update,
+                        )
                 measured = replace(planned, perplexity=value, tasks=found)
                 results.add(measured)
             shown.append(measured)
@@ -211,7 +233,7 @@ def run(arguments: argparse.Namespace, engine_args: Any) -> int:
     return 0
 
 
-def _identity(asked: Asked, measurement: Measurement) -> dict[str, Any]:
+def _identity(asked: Asked, measurement: Measurement, segments: int) -> dict[str, Any]:
     return {
         "model": measurement.model,
         "dtype": measurement.dtype,
@@ -221,6 +243,7 @@ def _identity(asked: Asked, measurement: Measurement) -> dict[str, Any]:
             "name": asked.text.name,
             "sha256": asked.text.sha256,
             "length": asked.length,
+            "segments": segments,
         },
         "tasks": {task.name: task.sha256 for task in asked.tasks},
         "limit": asked.limit,
@@ -249,14 +272,31 @@ def _profile(path: str | None, model: dict[str, Any], treatment: Treatment) -> P
     return found
 
 
-def _pruned(trial: Any, measurement: Measurement, count: int, folder: Path) -> Profile:
+def _pruning(
+    asked: Asked, profile: Profile, model_config: Any, tokenize: Callable[[str], list[int]]
+) -> Measurement:
+    """Pruning measured as the profile was: on the same text, and on as many tokens of it."""
+    tokens, length = DEFAULT_TOKENS, DEFAULT_LENGTH
+    if profile.data is not None and profile.data["sha256"] == asked.calibration.sha256:
+        tokens, length = profile.data["tokens"], profile.data["length"]
+    elif "prune" in asked.methods:
+        print(
+            f"note: the layers to prune are chosen on {asked.calibration.name}, and the profile "
+            "was on another text; --calibration-data gives both the same",
+            file=sys.stderr,
+        )
+    treatment = replace(asked.treatment, method="prune")
+    return Measurement.of(model_config, tokenize, asked.calibration, treatment, tokens, length)
+
+
+def _pruned(trial: Any, measurement: Measurement, count: int, asked: Asked) -> Profile:
     """The greedy choice of whole layers to leave out; kept in the folder."""
-    output = folder / "prune.json"
-    unfinished = folder / "prune.json.unfinished"
+    output = asked.folder / "prune.json"
+    unfinished = asked.folder / "prune.json.unfinished"
     choice = found_so_far(measurement, output, unfinished)
     if len(choice.order) < count:
         print("choosing the layers to prune", file=sys.stderr)
-        measure(trial, measurement, choice, count, unfinished)
+        measure(trial, measurement, choice, count, unfinished, asked.breadth)
         write(measurement.profile(choice), output)
         unfinished.unlink(missing_ok=True)
     return measurement.profile(choice)

@@ -49,7 +49,7 @@ def render(results: Results, runs: Sequence[Run]) -> str:
         f'<p class="lead">{escape(_lead(runs))}</p>',
         "<h2>Results</h2>",
         _table(runs, tasks),
-        f'<p class="note">Perplexity of {escape(data["name"])}: {results.identity["segments"]} '
+        f'<p class="note">Perplexity of {escape(data["name"])}: {data["segments"]} '
         f"segments of {data['length']} tokens. The ratio is the fraction of token-layer updates "
         "that prefill saves, reached with whole layers.</p>",
         "<h2>Perplexity against ratio</h2>",
@@ -82,9 +82,9 @@ def render(results: Results, runs: Sequence[Run]) -> str:
         _figure(
             "cosines",
             plots.cosine_map(results.cosines, selective),
-            "|cos| between each token's normalised state and the first token's, in the dense model, "
-            "on the beginning of the text. Dark: orthogonal, still moving. Marked layers are "
-            "selective at the largest ratio.",
+            "|cos| between each token's normalised state and the first token's, in the dense "
+            "model, on the beginning of the text. Dark: orthogonal, still moving. Marked layers "
+            "are selective at the largest ratio.",
         ),
         "<h2>How it was measured</h2>",
         _provenance(results),

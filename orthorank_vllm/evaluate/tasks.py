@@ -6,6 +6,7 @@ of the right choice), or "context" and "continuation" (the words that must follo
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class TaskFile:
         return "choices" in self.records[0]
 
     def config(self) -> dict[str, Any]:
-        """The task as lm-eval takes it (docs/task_guide.md), its prompts those of the stock tasks."""
+        """As lm-eval takes it (its docs/task_guide.md), the prompts those of its stock tasks."""
         from datasets import Dataset
 
         common = {
@@ -50,7 +51,7 @@ class TaskFile:
                 "doc_to_text": "{{query}}\nAnswer:" if asks else "{{query}}",
                 "doc_to_target": "gold",
                 "doc_to_choice": "choices",
-                "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+                "metric_list": [_mean("acc"), _mean("acc_norm")],
             }
         return {
             **common,
@@ -58,8 +59,12 @@ class TaskFile:
             "doc_to_text": "{{context}}",
             "doc_to_target": "{{' ' + continuation}}",
             "target_delimiter": "",
-            "metric_list": [{"metric": "acc"}],
+            "metric_list": [_mean("acc")],
         }
+
+
+def _mean(metric: str) -> dict[str, Any]:
+    return {"metric": metric, "aggregation": "mean", "higher_is_better": True}
 
 
 def read_task(path: str) -> TaskFile:
@@ -132,6 +137,7 @@ def accuracies(
     # lm-eval asks the hub for nothing here; without these it would still try.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval import simple_evaluate
 
     from orthorank_vllm.evaluate.lm import ScoringLM
