@@ -65,7 +65,7 @@ def _run(name: str, argv: list[str]) -> int:
     arguments.model = arguments.model_tag
     # A polite stop, whoever asks for it, keeps what was found.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return int(module.run(arguments, EngineArgs.from_cli_args(arguments)))
+    return int(module.run(arguments))
 
 
 def _quieten_vllm() -> None:

@@ -10,7 +10,7 @@ METHODS = {
     "random": "as many tokens in each window, drawn at random",
     "stream": "scored on the residual stream instead of the normalised one",
     "aligned": "the tokens most aligned with the sink instead of the least",
-    "forget": "tokens that are not selected leave no K and V",
+    "forget": "tokens that are not selected leave no K and V, the sink apart",
 }
 
 

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: the real model, and text to prompt it with."""
 
+import logging
 import os
 import random
 from pathlib import Path
@@ -17,6 +18,12 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# Not the user's own: a profile calibrated there would go before the shipped one.
+os.environ.setdefault("VLLM_CACHE_ROOT", str(ROOT / ".pytest_cache" / "vllm"))
+
+
+# vLLM's logger holds on to a stream that pytest has closed by then.
+logging.raiseExceptions = False
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +32,18 @@ def model_path() -> str:
     if not (MODEL / "config.json").exists():
         pytest.fail(f"the test model is not at {MODEL}: run `make model`")
     return str(MODEL)
+
+
+@pytest.fixture(scope="session")
+def small_model_path(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The real model's first six layers: a model for which no profile ships."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "SmolLM2-first-6-layers"
+    model = AutoModelForCausalLM.from_pretrained(model_path, num_hidden_layers=6)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_path).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -1,19 +1,17 @@
 """Without a ratio vLLM is what it was; with one it is never silently without OrthoRank."""
 
-import json
-import os
-import subprocess
-import sys
+from typing import Any
 
 import pytest
+
+from tests.scripts import Script
 
 pytestmark = pytest.mark.model
 
 GENERATE = """
-import json, sys
 from vllm import LLM, SamplingParams
-options = json.loads(sys.argv[2])
-llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=512, **options)
+model_path, options = arguments
+llm = LLM(model_path, dtype="float32", enforce_eager=True, max_model_len=512, **options)
 prompts = [{"prompt_token_ids": [7 * i % 4099 + 20 for i in range(n)]} for n in (300, 5, 129)]
 sampling = SamplingParams(temperature=0, max_tokens=8, logprobs=2, prompt_logprobs=1)
 def exact(entries):
@@ -25,25 +23,13 @@ answers = [
 runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 names = [f"{c.__module__}.{c.__qualname__}" for c in type(runner.get_model()).__mro__]
 hooked = hasattr(type(runner)._model_forward, "_orthorank_hook")
-print("ANSWER" + json.dumps([answers, names, hooked]))
+answer([answers, names, hooked])
 """
 
 
-def generate(model_path: str, plugins: str | None, **options: object) -> list[object]:
-    environment = dict(os.environ)
-    if plugins is not None:
-        environment["VLLM_PLUGINS"] = plugins
-    result = subprocess.run(
-        [sys.executable, "-c", GENERATE, model_path, json.dumps(options)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    answers = [line for line in result.stdout.splitlines() if line.startswith("ANSWER")]
-    assert answers, result.stderr[-3000:]
-    answer: list[object] = json.loads(answers[0].removeprefix("ANSWER"))
-    return answer
+def generate(model_path: str, plugins: str | None, **options: object) -> Any:
+    environment = {} if plugins is None else {"VLLM_PLUGINS": plugins}
+    return Script(GENERATE, model_path, options, **environment).answer
 
 
 def test_ratio_0_and_no_option_are_stock_vllm_bit_for_bit(model_path: str) -> None:
@@ -55,25 +41,21 @@ def test_ratio_0_and_no_option_are_stock_vllm_bit_for_bit(model_path: str) -> No
 
 
 def test_a_worker_that_does_not_load_the_plugin_stops_the_start_up(model_path: str) -> None:
-    code = """
-import os, sys
+    script = Script(
+        """
+import os
 from vllm import LLM
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 os.environ["VLLM_PLUGINS"] = "some_other_plugin"
-LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=512,
+LLM(arguments[0], dtype="float32", enforce_eager=True, max_model_len=512,
     additional_config={"orthorank": {"ratio": 0.3}})
-print("STARTED")
-"""
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    result = subprocess.run(
-        [sys.executable, "-c", code, model_path],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
+answer("started")
+""",
+        model_path,
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_WORKER_MULTIPROC_METHOD="spawn",
     )
-    assert result.returncode != 0
-    assert "STARTED" not in result.stdout
-    assert "OrthoRankLlamaForCausalLM" in result.stdout + result.stderr
+    assert script.exit_status != 0
+    assert "ANSWER" not in script.output
+    assert "OrthoRankLlamaForCausalLM" in script.output

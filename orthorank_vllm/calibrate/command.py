@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace, engine_args: Any) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """
     Raises:
         OptionError: see the options.
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace, engine_args: Any) -> int:
     text = read_text(arguments.data) if arguments.data else built_in_text()
     if arguments.output:
         check_writable(Path(arguments.output))
-    vllm_config = measuring_config(engine_args)
+    vllm_config = measuring_config(arguments)
     model_config = vllm_config.model_config
     measurement = Measurement.of(
         model_config, tokenizer_of(model_config).encode, text, treatment, tokens=tokens

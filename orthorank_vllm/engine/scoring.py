@@ -91,6 +91,7 @@ class Forward:
         if self._treatment.forgets_unselected:
             visible = torch.zeros(len(stream), dtype=torch.bool, device=stream.device)
             visible[indices] = True
+            visible[self.texts.first_rows] = True  # without the sink no attention works
         attended = self.texts.attend_from(attn.attn, rows, query[indices], key, value, visible)
         output, _ = attn.o_proj(attended)
         normed, updated = add_and_norm(layer.post_attention_layernorm, stream[indices], output)

@@ -1,5 +1,6 @@
 """vLLM's workers with a model loaded, and no engine around them: no KV cache, no requests."""
 
+import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,26 +43,29 @@ class WorkersTrial:
         return float(self._workers.call(measuring.loss_with, layer))
 
 
-def measuring_config(engine_args: Any) -> Any:
+def measuring_config(arguments: argparse.Namespace) -> Any:
     """vLLM's `VllmConfig` for `loaded_workers`: eager, and small in what serving alone needs.
 
     Args:
-        engine_args: vLLM's `EngineArgs`; changed.
+        arguments: parsed by a parser with vLLM's `EngineArgs.add_cli_args`.
 
     Raises:
         OptionError: vLLM cannot load the model, or its layers are not like Llama's.
     """
-    # One process where one will do: half the memory, and Ctrl-C meets no child.
-    if engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size == 1:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        engine_args.distributed_executor_backend = "uni"
-    engine_args.enforce_eager = True
-    engine_args.max_num_seqs = 1
+    from vllm.engine.arg_utils import EngineArgs
+
     try:
+        engine_args = EngineArgs.from_cli_args(arguments)
+        # One process where one will do: half the memory, and Ctrl-C meets no child.
+        if engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size == 1:
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+            engine_args.distributed_executor_backend = "uni"
+        engine_args.enforce_eager = True
+        engine_args.max_num_seqs = 1
         vllm_config = engine_args.create_engine_config()
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise OptionError(f"MODEL {engine_args.model}: vLLM cannot load it ({reason})") from None
+        raise OptionError(f"MODEL {arguments.model}: vLLM cannot load it ({reason})") from None
     orthorank_architectures(vllm_config.model_config.architectures)
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise OptionError(

@@ -161,7 +161,7 @@ class Asked:
         return asked
 
 
-def run(arguments: argparse.Namespace, engine_args: Any) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """
     Raises:
         OptionError: see the options.
@@ -175,7 +175,7 @@ def run(arguments: argparse.Namespace, engine_args: Any) -> int:
     )
 
     asked = Asked.of(arguments)
-    vllm_config = measuring_config(engine_args)
+    vllm_config = measuring_config(arguments)
     model_config = vllm_config.model_config
     tokenizer = tokenizer_of(model_config)
     segments = cut(asked.text, tokenizer.encode(asked.text.content), asked.length)

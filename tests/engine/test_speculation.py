@@ -1,16 +1,12 @@
 """N-gram speculation: its verification rows are always selected, and mix with prefill."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import ROOT
 from tests.reference import Reference, Rule
 from tests.replay import SAFE_MARGIN
+from tests.scripts import Script
 
 pytestmark = pytest.mark.model
 
@@ -18,12 +14,9 @@ LAYERS = [7, 26, 14, 25, 13, 3, 5, 17, 12, 16]
 PROMPTS = [list(range(100, 130)) * 5, list(range(300, 341)) * 3, list(range(500, 640))]
 TOKENS = 20
 
-# A process of its own: vLLM's distributed state does not outlive an engine's.
 SERVE = """
-import json, sys
-import tests.conftest
 from tests.replay import Engine, Job
-model, layers, prompts, tokens = json.loads(sys.argv[1])
+model, layers, prompts, tokens = arguments
 engine = Engine(
     model,
     enforce_eager=True,
@@ -37,21 +30,13 @@ jobs = [
 ]
 run = engine.run(jobs)
 parts = [part for job in jobs for part in run.chunks(job) if part.num_computed >= len(job.prompt)]
-print("ANSWER" + json.dumps([[job.generated for job in jobs], max(p.num_tokens for p in parts)]))
+answer([[job.generated for job in jobs], max(p.num_tokens for p in parts)])
 """
 
 
 def test_n_gram_speculation_gives_the_tokens_of_plain_decoding(model_path: str) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", SERVE, json.dumps([model_path, LAYERS, PROMPTS, TOKENS])],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
-    answers = [line for line in result.stdout.splitlines() if line.startswith("ANSWER")]
-    assert answers, result.stderr[-3000:]
-    generated, most_verified = json.loads(answers[0].removeprefix("ANSWER"))
+    script = Script(SERVE, model_path, LAYERS, PROMPTS, TOKENS)
+    generated, most_verified = script.answer
     assert most_verified == 4
 
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
