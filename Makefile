@@ -29,11 +29,12 @@ FETCHED = .models/SmolLM2-135M-Instruct
 CPU_ENV = VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=$(THREADS) \
 	VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 HF_HUB_OFFLINE=1
 
-.PHONY: help venv model serve test lint bench clean distclean
+.PHONY: help venv model browser serve test lint bench clean distclean
 
 help:
 	@echo "make venv       the virtual environment $(VENV) (PYTHON=$(PYTHON), 3.4 GB)"
 	@echo "make model      SmolLM2-135M-Instruct in $(FETCHED) (93 MB to download)"
+	@echo "make browser    Debian's chromium, for the test of the report; as root"
 	@echo "make serve      the server on $(HOST):$(PORT) (MODEL= NAME= RATIO=$(RATIO) HOST= PORT= ARGS=; ORTHORANK= is stock vLLM)"
 	@echo "make test       the tests (TESTS=$(TESTS) ARGS=)"
 	@echo "make lint       ruff and mypy"
@@ -63,6 +64,12 @@ ifeq ($(MODEL),$(FETCHED))
 else
 	@echo "model: using $(MODEL) as it is"
 endif
+
+# Without one that test is skipped, except in CI.
+browser:
+	@if command -v chromium >/dev/null; then echo "browser: $$(command -v chromium) is there"; else \
+		echo "browser: installing chromium" && apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qqy --no-install-recommends chromium >/dev/null; fi
 
 # exec, here and below: signals reach the program itself and no shell stays in between.
 serve: $(STAMP) model

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from orthorank_vllm import __version__
-from orthorank_vllm.config import OptionError
+from orthorank_vllm.options import OptionError
 
 # Name: module with `add_arguments(parser)` and `run(arguments) -> exit status`, and what it does.
 COMMANDS = {

@@ -1,165 +1,17 @@
-"""What the user may ask for, and which layers that makes selective."""
+"""Which layers are selective: the options, resolved for one model."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from orthorank_vllm.options import OptionError, Options, rejected
 from orthorank_vllm.profiles import Profile, ProfileError, find_profile, read_profile
-
-DEFAULT_KEEP = 1 / 3
-DEFAULT_WINDOW = 128
-DEFAULT_CALIBRATE_SECONDS = 60.0
-OPTION_NAMES = ("ratio", "keep", "window", "layers", "profile", "calibrate_seconds")
 
 # Without a measured order, the first layers (which form the sink) and the last
 # ones (which form the prediction) stay dense.
 UNMEASURED_DENSE_HEAD = 3
 UNMEASURED_DENSE_TAIL = 2
-
-
-class OptionError(ValueError):
-    """A user's mistake, told in one line: the option, the value and what is allowed."""
-
-
-def flag_of(name: str) -> str:
-    """The flag of `vllm serve` for an option's name offline."""
-    return f"--orthorank-{name.replace('_', '-')}"
-
-
-def _reject(name: str, value: object, allowed: str) -> OptionError:
-    return OptionError(f"{flag_of(name)} {value}: not allowed, {allowed}")
-
-
-def parse_ratio(value: object) -> float:
-    """Fraction of token-layer updates that prefill skips; 0 is stock vLLM."""
-    number = _parse_number(value)
-    if number is None or not 0 <= number < 1:
-        raise _reject("ratio", value, "give a number from 0 (off) to below 1")
-    return number
-
-
-def parse_keep(value: object) -> float:
-    """Fraction of the tokens that a selective layer updates."""
-    number = _parse_number(value)
-    if number is None or not 0 < number < 1:
-        raise _reject("keep", value, "give a number above 0 and below 1")
-    return number
-
-
-def parse_window(value: object) -> int:
-    """Prompt positions that compete with each other; 0 is the whole prompt."""
-    number = _parse_integer(value)
-    if number is None or number < 0:
-        raise _reject("window", value, "give a whole number of tokens, or 0 for the whole prompt")
-    return number
-
-
-def parse_layers(value: object) -> tuple[int, ...]:
-    """Layer indices from 0, in any order: "7,26,14" or a sequence of integers."""
-    allowed = "give different layer indices from 0, such as 7,26,14"
-    items: Sequence[object]
-    if isinstance(value, str):
-        items = [item.strip() for item in value.split(",")]
-    elif isinstance(value, Sequence):
-        items = value
-    else:
-        raise _reject("layers", value, allowed)
-    indices = [_parse_integer(item) for item in items]
-    layers = tuple(index for index in indices if index is not None and index >= 0)
-    if not layers or len(layers) != len(indices) or len(set(layers)) != len(layers):
-        raise _reject("layers", value, allowed)
-    return layers
-
-
-def parse_profile(value: object) -> str:
-    """Path of a profile file; whether it can be used is known once the model is."""
-    if not isinstance(value, str) or not value:
-        raise _reject("profile", value, "give the path of a profile file")
-    return value
-
-
-def parse_calibrate_seconds(value: object) -> float:
-    """Time for a calibration at start-up; 0 is none."""
-    number = _parse_number(value)
-    if number is None or number < 0:
-        raise _reject("calibrate_seconds", value, "give a number of seconds, or 0 for none")
-    return number
-
-
-_PARSERS = {
-    "ratio": parse_ratio,
-    "keep": parse_keep,
-    "window": parse_window,
-    "layers": parse_layers,
-    "profile": parse_profile,
-    "calibrate_seconds": parse_calibrate_seconds,
-}
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options as given; `None` is "not given"."""
-
-    ratio: float | None = None
-    keep: float = DEFAULT_KEEP
-    window: int = DEFAULT_WINDOW
-    layers: tuple[int, ...] | None = None
-    profile: str | None = None
-    calibrate_seconds: float = DEFAULT_CALIBRATE_SECONDS
-
-    @classmethod
-    def from_mapping(cls, given: object) -> "Options":
-        """Validate the keys and values of `additional_config["orthorank"]`.
-
-        Raises:
-            OptionError: an unknown key, a value out of range, or options that
-                exclude each other.
-        """
-        if not isinstance(given, Mapping):
-            raise OptionError(
-                f'additional_config["orthorank"] = {given!r}: not allowed, '
-                f"give a dictionary with keys from {', '.join(OPTION_NAMES)}"
-            )
-        for name in given:
-            if name not in _PARSERS:
-                raise OptionError(
-                    f'additional_config["orthorank"] has the unknown key {name!r}: '
-                    f"allowed are {', '.join(OPTION_NAMES)}"
-                )
-        parsed: dict[str, Any] = {
-            name: _PARSERS[name](value) for name, value in given.items() if value is not None
-        }
-        options = cls(**parsed)
-        if options.ratio is None and options.layers is None and parsed:
-            raise _reject(
-                next(iter(parsed)),
-                given[next(iter(parsed))],
-                "it changes nothing without --orthorank-ratio",
-            )
-        if options.is_active:
-            options._check_together()
-        return options
-
-    @property
-    def is_active(self) -> bool:
-        """Whether OrthoRank was asked for; a ratio of 0 switches everything off."""
-        return self.layers is not None if self.ratio is None else self.ratio > 0
-
-    def _check_together(self) -> None:
-        if self.layers is not None and self.profile is not None:
-            raise _reject(
-                "layers",
-                ",".join(map(str, self.layers)),
-                f"it excludes --orthorank-profile {self.profile}; give one of them",
-            )
-        if self.ratio is not None and self.ratio > 1 - self.keep + 1e-9:
-            raise _reject(
-                "ratio",
-                self.ratio,
-                f"with --orthorank-keep {self.keep:.4g} give at most {1 - self.keep:.4g}, "
-                "which makes every layer selective",
-            )
 
 
 @dataclass(frozen=True)
@@ -255,7 +107,7 @@ def resolve(options: Options, model: Mapping[str, Any], cache_root: str) -> Orth
     if options.profile is None and options.calibrate_seconds:
         return replace(config, calibrate_seconds=options.calibrate_seconds)
     if profile is not None:
-        raise _reject(
+        raise rejected(
             "profile" if options.profile else "ratio",
             options.profile or options.ratio,
             f"ratio {options.ratio:.4g} needs {count} selective layers and profile {profile.name} "
@@ -284,12 +136,12 @@ def _check_layers(options: Options, num_layers: int) -> None:
     assert options.layers is not None
     given = ",".join(map(str, options.layers))
     if max(options.layers) >= num_layers:
-        raise _reject("layers", given, f"this model has layers 0 to {num_layers - 1}")
+        raise rejected("layers", given, f"this model has layers 0 to {num_layers - 1}")
     if options.ratio is not None:
         one_layer = (1 - options.keep) / num_layers
         reached = len(options.layers) * one_layer
         if abs(reached - options.ratio) > one_layer + 1e-9:
-            raise _reject(
+            raise rejected(
                 "layers",
                 given,
                 f"these {len(options.layers)} layers reach ratio {reached:.3f}, "
@@ -304,14 +156,14 @@ def _profile_of(options: Options, model: Mapping[str, Any], cache_root: str) -> 
         profile = read_profile(options.profile)
         profile.check_fits(model)
     except ProfileError as error:
-        raise _reject("profile", options.profile, str(error)) from None
+        raise rejected("profile", options.profile, str(error)) from None
     return profile
 
 
 def _evenly_spaced(ratio: float, count: int, num_layers: int) -> tuple[int, ...]:
     candidates = num_layers - UNMEASURED_DENSE_HEAD - UNMEASURED_DENSE_TAIL
     if count > candidates:
-        raise _reject(
+        raise rejected(
             "ratio",
             ratio,
             f"it needs {count} selective layers, and without a profile only {max(candidates, 0)} "
@@ -320,22 +172,3 @@ def _evenly_spaced(ratio: float, count: int, num_layers: int) -> tuple[int, ...]
     return tuple(
         UNMEASURED_DENSE_HEAD + (2 * i + 1) * candidates // (2 * count) for i in range(count)
     )
-
-
-def _parse_number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _parse_integer(value: object) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        return None
-    try:
-        return int(value)
-    except ValueError:
-        return None

@@ -9,8 +9,8 @@ import importlib
 import sys
 from typing import Any
 
-from orthorank_vllm.config import OptionError
 from orthorank_vllm.engine.architectures import ORTHORANK_OF
+from orthorank_vllm.options import OptionError
 
 # Every name in vLLM that is wrapped, subclassed or called, as module:attributes.
 SEAMS = (

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from orthorank_vllm.config import DEFAULT_KEEP, DEFAULT_WINDOW
+from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_WINDOW
 
 METHODS = {
     "orthorank": "the selection rule",

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from orthorank_vllm.config import OptionError, Options, OrthoRankConfig, resolve
+from orthorank_vllm.config import OrthoRankConfig, resolve
+from orthorank_vllm.options import OptionError, Options
 from orthorank_vllm.profiles import Profile, cached_path
 
 SMOLLM2 = {

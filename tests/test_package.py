@@ -27,14 +27,18 @@ def test_vllm_is_an_extra_so_an_install_never_replaces_it(wheel: zipfile.ZipFile
     metadata = Parser().parsestr(text_of(wheel, ".dist-info/METADATA"))
     requirements = metadata.get_all("Requires-Dist") or []
     always = [line for line in requirements if "extra ==" not in line]
-    assert {line.split(">")[0] for line in always} == {"numpy", "torch", "prometheus-client"}
+    held_by_every_vllm = {"numpy", "torch", "prometheus-client", "filelock", "jsonschema", "tqdm"}
+    assert {line.split(">")[0] for line in always} == held_by_every_vllm
     assert not any("<" in line or "==" in line for line in always)
     assert any(line.startswith("vllm") for line in requirements)
 
 
-def test_vllm_finds_the_plugin(wheel: zipfile.ZipFile) -> None:
-    lines = text_of(wheel, "entry_points.txt").split("\n")
-    assert lines[:2] == ["[vllm.general_plugins]", "orthorank = orthorank_vllm.plugin:register"]
+def test_vllm_finds_the_plugin_and_the_shell_its_command(wheel: zipfile.ZipFile) -> None:
+    sections = text_of(wheel, "entry_points.txt").strip().split("\n\n")
+    assert sorted(sections) == [
+        "[console_scripts]\northorank = orthorank_vllm.cli:main",
+        "[vllm.general_plugins]\northorank = orthorank_vllm.plugin:register",
+    ]
 
 
 def test_every_module_and_profile_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:

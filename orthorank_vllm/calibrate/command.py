@@ -18,14 +18,14 @@ from orthorank_vllm.calibrate.measurement import (
 )
 from orthorank_vllm.calibrate.progress import TrialBar
 from orthorank_vllm.calibrate.text import BUILT_IN, built_in_text, read_text
-from orthorank_vllm.config import (
+from orthorank_vllm.config import selective_count
+from orthorank_vllm.options import (
     DEFAULT_KEEP,
     DEFAULT_WINDOW,
     OptionError,
     parse_keep,
     parse_ratio,
     parse_window,
-    selective_count,
 )
 from orthorank_vllm.profiles import Profile, cached_path
 from orthorank_vllm.treatment import Treatment

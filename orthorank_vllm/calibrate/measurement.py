@@ -10,7 +10,7 @@ from typing import Any
 from orthorank_vllm import __version__
 from orthorank_vllm.calibrate.greedy import Choice
 from orthorank_vllm.calibrate.text import Text, segments
-from orthorank_vllm.config import OptionError
+from orthorank_vllm.options import OptionError
 from orthorank_vllm.profiles import Profile, ProfileError, model_identity, read_profile
 from orthorank_vllm.treatment import Treatment
 

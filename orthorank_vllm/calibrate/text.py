@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from orthorank_vllm.config import OptionError
+from orthorank_vllm.options import OptionError
 
 BUILT_IN = "pydoc_data.topics"
 # A token of any common tokenizer is seldom longer, so this many characters hold enough of them.

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from orthorank_vllm.config import OptionError
+from orthorank_vllm.options import OptionError
 
 # vLLM's architecture name to ours.
 ORTHORANK_OF = {"LlamaForCausalLM": "OrthoRankLlamaForCausalLM"}

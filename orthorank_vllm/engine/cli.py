@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from orthorank_vllm.config import (
+from orthorank_vllm.options import (
     DEFAULT_CALIBRATE_SECONDS,
     DEFAULT_WINDOW,
     OPTION_NAMES,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from orthorank_vllm.config import OptionError
+from orthorank_vllm.options import OptionError
 
 # Proposers whose drafts do not come from the target's hidden states.
 SPECULATION_WITHOUT_DRAFT_MODEL = ("ngram", "ngram_gpu", "suffix")

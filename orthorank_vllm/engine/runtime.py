@@ -6,12 +6,13 @@ import torch
 from torch import nn
 from vllm.logger import init_logger
 
-from orthorank_vllm.config import OptionError, OrthoRankConfig
+from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.engine.forward import SelectiveLayer, sparse_forward
 from orthorank_vllm.engine.projections import FusedWeight, SplitWeight
 from orthorank_vllm.engine.refusals import check_supported
 from orthorank_vllm.engine.sinks import SinkTable
 from orthorank_vllm.metrics import worker_metrics
+from orthorank_vllm.options import OptionError
 from orthorank_vllm.plan import Batch, Plan, make_plan
 
 # vLLM shows the log lines of its own namespace only.

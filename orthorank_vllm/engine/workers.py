@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from orthorank_vllm.config import OptionError
 from orthorank_vllm.engine import measuring
 from orthorank_vllm.engine.architectures import orthorank_architectures
+from orthorank_vllm.options import OptionError
 from orthorank_vllm.treatment import Treatment
 
 

@@ -6,17 +6,13 @@ Perplexity of a text and accuracy on tasks, dense and at each ratio, as a table,
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
 
 from orthorank_vllm.calibrate.command import (
-    check_writable,
     measure,
-    parse_count,
-    parse_option,
     write,
 )
 from orthorank_vllm.calibrate.greedy import Choice
@@ -26,21 +22,16 @@ from orthorank_vllm.calibrate.measurement import (
     Measurement,
     found_so_far,
 )
-from orthorank_vllm.calibrate.text import BUILT_IN, Text, built_in_text, read_text
-from orthorank_vllm.config import (
-    DEFAULT_KEEP,
-    DEFAULT_WINDOW,
-    OptionError,
-    parse_keep,
-    parse_ratio,
-    parse_window,
-    selective_count,
-)
+from orthorank_vllm.config import selective_count
+from orthorank_vllm.evaluate.asked import Asked, add_arguments
 from orthorank_vllm.evaluate.perplexity import cut, perplexity
 from orthorank_vllm.evaluate.report import write_report
 from orthorank_vllm.evaluate.results import Results, plan_runs
 from orthorank_vllm.evaluate.scorer import Scorer
-from orthorank_vllm.evaluate.tasks import TaskFile, accuracies, read_task
+from orthorank_vllm.evaluate.tasks import accuracies
+from orthorank_vllm.options import (
+    OptionError,
+)
 from orthorank_vllm.profiles import (
     Profile,
     ProfileError,
@@ -48,117 +39,11 @@ from orthorank_vllm.profiles import (
     model_identity,
     read_profile,
 )
-from orthorank_vllm.treatment import METHODS, Treatment
+from orthorank_vllm.treatment import Treatment
 
-DEFAULT_RATIOS = "0,0.1,0.2,0.3"
-DEFAULT_AGAINST = "prune,random"
-DEFAULT_SEGMENT = 1024
 HEAT_MAP_TOKENS = 512
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own options."""
-    group = parser.add_argument_group("evaluation")
-    group.add_argument(
-        "--data", metavar="FILE", required=True, help='Text, or JSON lines with "text", to test on.'
-    )
-    group.add_argument(
-        "--ratios", default=DEFAULT_RATIOS, help="0 is the dense model (default: %(default)s)."
-    )
-    others = ", ".join(f"{name} ({text})" for name, text in METHODS.items() if name != "orthorank")
-    group.add_argument(
-        "--against",
-        default=DEFAULT_AGAINST,
-        help=f"What to compare with, none or some of: {others} (default: %(default)s).",
-    )
-    group.add_argument(
-        "--tasks",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help='JSON lines with "query", "choices", "gold" or "context", "continuation".',
-    )
-    group.add_argument("--limit", help="Questions of each task (default: all).")
-    group.add_argument("--keep", default=DEFAULT_KEEP, help="As --orthorank-keep (default: 1/3).")
-    group.add_argument(
-        "--window", default=DEFAULT_WINDOW, help="As --orthorank-window (default: %(default)s)."
-    )
-    group.add_argument(
-        "--length",
-        default=DEFAULT_SEGMENT,
-        help="Tokens of each segment of the text (default: %(default)s).",
-    )
-    group.add_argument(
-        "--profile",
-        metavar="FILE",
-        help="The layers' order (default: the one that `vllm serve` would find).",
-    )
-    group.add_argument(
-        "--calibration-data",
-        metavar="FILE",
-        help="The text to choose the layers to prune with; that of the profile, for a fair "
-        f"comparison (default: {BUILT_IN}).",
-    )
-    group.add_argument("--breadth", help="As `orthorank calibrate --breadth`, for pruning.")
-    group.add_argument(
-        "-o",
-        "--output",
-        metavar="DIR",
-        default="orthorank-evaluation",
-        help="Folder for results.json and report.html; a run that was stopped goes on from "
-        "there (default: %(default)s).",
-    )
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The options, checked."""
-
-    text: Text
-    ratios: list[float]
-    methods: list[str]
-    treatment: Treatment
-    length: int
-    tasks: list[TaskFile]
-    limit: int | None
-    calibration: Text
-    breadth: int | None
-    folder: Path
-
-    @classmethod
-    def of(cls, arguments: argparse.Namespace) -> "Asked":
-        """
-        Raises:
-            OptionError: the first option that cannot be.
-        """
-        given = arguments.calibration_data
-        asked = cls(
-            text=read_text(arguments.data),
-            ratios=[parse_option("--ratios", parse_ratio, r) for r in arguments.ratios.split(",")],
-            methods=["orthorank", *_parse_methods(arguments.against)],
-            treatment=Treatment(
-                keep=parse_option("--keep", parse_keep, arguments.keep),
-                window=parse_option("--window", parse_window, arguments.window),
-            ),
-            length=parse_count("--length", arguments.length, least=2),
-            tasks=[read_task(path) for path in arguments.tasks],
-            limit=parse_count("--limit", arguments.limit, least=1) if arguments.limit else None,
-            calibration=read_text(given, "--calibration-data") if given else built_in_text(),
-            breadth=(
-                parse_count("--breadth", arguments.breadth, least=1) if arguments.breadth else None
-            ),
-            folder=Path(arguments.output),
-        )
-        names = [task.name for task in asked.tasks]
-        if len(set(names)) < len(names):
-            raise OptionError(f"--tasks {' '.join(arguments.tasks)}: two have the same name")
-        if asked.calibration.sha256 == asked.text.sha256:
-            raise OptionError(
-                f"--calibration-data {given}: it is the test text itself; a choice must not be "
-                "tested on what it was made on"
-            )
-        check_writable(asked.folder / "results.json")
-        return asked
+__all__ = ["add_arguments", "run"]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -300,14 +185,3 @@ def _pruned(trial: Any, measurement: Measurement, count: int, asked: Asked) -> P
         write(measurement.profile(choice), output)
         unfinished.unlink(missing_ok=True)
     return measurement.profile(choice)
-
-
-def _parse_methods(value: str) -> list[str]:
-    names = [name.strip() for name in value.split(",") if name.strip() not in ("", "none")]
-    known = [name for name in METHODS if name != "orthorank"]
-    for name in names:
-        if name not in known:
-            raise OptionError(
-                f"--against {value}: {name} is no method; give none, or some of {', '.join(known)}"
-            )
-    return list(dict.fromkeys(names))

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from orthorank_vllm.calibrate.text import Text
-from orthorank_vllm.config import OptionError
 from orthorank_vllm.evaluate.scorer import Scorer
+from orthorank_vllm.options import OptionError
 
 
 def cut(text: Text, tokens: Sequence[int], length: int) -> list[list[int]]:

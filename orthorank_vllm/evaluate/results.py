@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from orthorank_vllm.config import OptionError, selective_count
+from orthorank_vllm.config import selective_count
+from orthorank_vllm.options import OptionError
 from orthorank_vllm.profiles import Profile
 from orthorank_vllm.treatment import Treatment
 

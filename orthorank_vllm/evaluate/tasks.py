@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orthorank_vllm.config import OptionError
 from orthorank_vllm.evaluate.scorer import Scorer
+from orthorank_vllm.options import OptionError
 
 CHOICE_KEYS = ("query", "choices", "gold")
 CONTINUATION_KEYS = ("context", "continuation")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from orthorank_vllm.calibrate.text import Text, built_in_text, read_text, segments
-from orthorank_vllm.config import OptionError
+from orthorank_vllm.options import OptionError
 
 
 def by_character(text: str) -> list[int]:

@@ -9,8 +9,8 @@ import pytest
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from orthorank_vllm.config import OptionError
 from orthorank_vllm.engine.refusals import REFUSALS, check_supported
+from orthorank_vllm.options import OptionError
 
 pytestmark = pytest.mark.model
 

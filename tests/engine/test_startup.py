@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from orthorank_vllm.profiles import read_profile
+from tests.conftest import Prompts
 from tests.reference import Reference, Rule
 from tests.replay import SAFE_MARGIN, TOLERANCE
 from tests.scripts import Script
@@ -40,12 +41,12 @@ config = model.orthorank.config
 log_probs = [entry[token].logprob for token, entry in zip(prompt[1:], output.prompt_logprobs[1:])]
 answer([config.layers, config.source, config.measured, seconds, log_probs])
 """
-PROMPT = [(7919 * i) % 4099 + 20 for i in range(300)]
+SHORT_PROMPT = list(range(100, 120))
 
 
-def start(model_path: str, cache: Path, **options: Any) -> Script:
+def start(model_path: str, cache: Path, prompt: list[int] = SHORT_PROMPT, **options: Any) -> Script:
     return Script(
-        START, model_path, options, PROMPT, VLLM_CACHE_ROOT=str(cache), VLLM_LOGGING_LEVEL="INFO"
+        START, model_path, options, prompt, VLLM_CACHE_ROOT=str(cache), VLLM_LOGGING_LEVEL="INFO"
     )
 
 
@@ -54,9 +55,10 @@ def profiles_in(cache: Path) -> list[Path]:
 
 
 def test_the_first_start_measures_and_later_ones_find_what_it_measured(
-    small_model_path: str, tmp_path: Path
+    small_model_path: str, tmp_path: Path, text_tokens: list[int]
 ) -> None:
-    first = start(small_model_path, tmp_path, ratio=0.3)
+    prompt = Prompts(text_tokens, seed=1).take(300)
+    first = start(small_model_path, tmp_path, prompt, ratio=0.3)
     layers, source, measured, _, log_probs = first.answer
     assert len(layers) == 3
     assert measured
@@ -65,7 +67,7 @@ def test_the_first_start_measures_and_later_ones_find_what_it_measured(
     assert "chooses 3 of 6 layers by measurement, in at most 60 s" in first.output
     assert sorted(read_profile(path).order) == layers
 
-    second = start(small_model_path, tmp_path, ratio=0.3)
+    second = start(small_model_path, tmp_path, prompt, ratio=0.3)
     found_layers, source, _, seconds, found_log_probs = second.answer
     assert found_layers == layers
     assert source == "profile SmolLM2-first-6-layers"
@@ -73,10 +75,10 @@ def test_the_first_start_measures_and_later_ones_find_what_it_measured(
     assert found_log_probs == log_probs
 
     model = AutoModelForCausalLM.from_pretrained(small_model_path, dtype=torch.float32)
-    request = Reference(model, Rule(tuple(layers))).start(PROMPT)
-    wanted = request.forward(0, len(PROMPT))[:-1]
+    request = Reference(model, Rule(tuple(layers))).start(prompt)
+    wanted = request.forward(0, len(prompt))[:-1]
     assert request.margin > SAFE_MARGIN, "a choice that float noise may make: change the prompt"
-    wanted = wanted.gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0]
+    wanted = wanted.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
     assert (torch.tensor(log_probs) - wanted).abs().max() < TOLERANCE
 
     more = start(small_model_path, tmp_path, ratio=0.4)

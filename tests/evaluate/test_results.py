@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from orthorank_vllm.config import OptionError
 from orthorank_vllm.evaluate.results import Results, Run, plan_runs
+from orthorank_vllm.options import OptionError
 from orthorank_vllm.profiles import Profile
 from orthorank_vllm.treatment import Treatment
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from orthorank_vllm.config import OptionError
 from orthorank_vllm.evaluate.tasks import read_task
+from orthorank_vllm.options import OptionError
 
 CHOICE = {"query": "Two and two are", "choices": ["four", "five"], "gold": 0}
 CONTINUATION = {"context": "The cat sat on the", "continuation": "mat"}
