@@ -4,6 +4,7 @@ import importlib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,6 +72,7 @@ def _run(name: str, argv: list[str]) -> int:
 def _quieten_vllm() -> None:
     # Its start-up lines would bury the progress bar. Read when vLLM is imported.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    warnings.simplefilter("ignore", FutureWarning)
 
 
 def _usage() -> str:

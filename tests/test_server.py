@@ -32,7 +32,7 @@ pytestmark = pytest.mark.server
 
 NAME = "smollm2"
 RATIO = 0.3
-LAYERS = (7, 26, 14, 25, 13, 3, 5, 17, 12, 16, 18, 6, 15, 19)
+LAYERS = (3, 4, 5, 6, 7, 12, 13, 14, 15, 16, 17, 18, 25, 26)
 START_SECONDS = 300
 
 
@@ -124,7 +124,7 @@ def test_the_start_up_line_says_what_is_run(server: Server) -> None:
     assert len(lines) == 1
     assert (
         "ratio 0.311 (asked for 0.3), keep 0.333, window 128, 14 of 30 layers selective "
-        "[3,5,6,7,12,13,14,15,16,17,18,19,25,26], chosen by profile smollm2-135m"
+        "[3,4,5,6,7,12,13,14,15,16,17,18,25,26], chosen by profile SmolLM2-135M-Instruct"
     ) in lines[0]
 
 

@@ -142,7 +142,9 @@ def _step(
         on_trial()
     for layer, loss in choice.tried.items():
         choice.costs[layer] = loss - measured[-1]
-    cheapest = choice.cheapest[0]
-    choice.order.append(cheapest)
-    choice.losses.append(choice.tried.get(cheapest))
+    # Only what was tried now: the costs of the others are of an earlier step, and too low.
+    tried = choice.tried
+    layer = min(tried, key=lambda layer: (tried[layer], layer)) if tried else choice.cheapest[0]
+    choice.order.append(layer)
+    choice.losses.append(tried.get(layer))
     choice.tried = {}

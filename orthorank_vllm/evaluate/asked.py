@@ -24,7 +24,7 @@ from orthorank_vllm.treatment import METHODS, Treatment
 
 DEFAULT_RATIOS = "0,0.1,0.2,0.3"
 DEFAULT_AGAINST = "prune,random"
-DEFAULT_SEGMENT = 1024
+DEFAULT_SEGMENT = 2048  # the paper's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

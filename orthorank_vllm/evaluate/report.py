@@ -114,7 +114,7 @@ def _lead(runs: Sequence[Run]) -> str:
     others = [run for run in runs if run.ratio_asked == most.ratio_asked and run != most]
     if others:
         listed = ", ".join(f"{run.method} {run.perplexity:.2f}" for run in others)
-        text += f". At the same ratio: {listed}"
+        text += f". Asked for the same ratio: {listed}"
     return text + "."
 
 

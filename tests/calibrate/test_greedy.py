@@ -80,6 +80,15 @@ def test_after_the_first_step_a_breadth_tries_only_the_cheapest() -> None:
     assert losses.tried == [0, 1, 2, 3, 4, 5, 1, 2, 2, 3]
 
 
+def test_a_layer_is_not_taken_for_what_it_cost_in_an_earlier_step() -> None:
+    """Break seen: a layer chosen untried, because those tried had become dearer than it was."""
+    pairs = {frozenset({0, layer}): 1.0 for layer in (1, 2, 3)}
+    losses = Losses([0.1, 0.2, 0.3, 0.4, 0.5], pairs)
+    choice = chosen(losses, 2, breadth=2)
+    assert choice.order == [0, 1]
+    assert choice.losses == pytest.approx([3.1, 4.3])
+
+
 COSTS = st.lists(st.floats(0, 1, allow_nan=False), min_size=2, max_size=7)
 
 
