@@ -29,6 +29,7 @@ def test_the_flags_stand_in_a_group_of_their_own() -> None:
         "--orthorank-window",
         "--orthorank-layers",
         "--orthorank-profile",
+        "--orthorank-calibrate-seconds",
     }
 
 
