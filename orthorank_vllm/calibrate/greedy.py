@@ -72,7 +72,10 @@ def choose(
             when last tried; None: every remaining one.
     """
     while len(choice.order) < count:
-        layers = choice.cheapest[:breadth] if choice.order else choice.remaining
+        # A choice that goes on has no costs yet, and tries every layer once more.
+        layers = choice.remaining
+        if choice.costs.keys() >= set(layers):
+            layers = choice.cheapest[:breadth]
         _step(trial, choice, layers, on_trial, lambda: True)
 
 

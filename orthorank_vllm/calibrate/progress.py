@@ -60,7 +60,7 @@ def _cost_left(choice: Choice, count: int, breadth: int | None) -> float:
     remaining = choice.remaining
     costs = {layer: choice.num_layers - layer + logits for layer in remaining}
     mean = sum(costs.values()) / max(len(costs), 1)
-    under_way = choice.cheapest[:breadth] if choice.order else remaining
+    under_way = choice.cheapest[:breadth] if choice.costs else remaining
     now = sum(costs[layer] for layer in under_way if layer not in choice.tried)
     steps = range(1, count - len(choice.order))
     return now + sum(mean * min(breadth or len(remaining), len(remaining) - step) for step in steps)

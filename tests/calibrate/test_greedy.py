@@ -165,3 +165,12 @@ def test_a_choice_goes_on_from_layers_that_are_known() -> None:
     choice = Choice(4, order=[2], losses=[None])
     choose_within(Losses([0.3, 0.2, 0.1, 0.4]), choice, 3, seconds=1e9)
     assert choice.order == [2, 1, 0]
+
+
+def test_a_choice_that_goes_on_with_a_breadth_first_tries_every_layer_again() -> None:
+    """Break seen: the layers with the lowest indices taken for the cheapest."""
+    choice = Choice(5, dense_loss=3.0, order=[2], losses=[3.1])
+    losses = Losses([0.5, 0.4, 0.1, 0.3, 0.2])
+    choose(losses, choice, 3, breadth=1)
+    assert choice.order == [2, 4, 3]
+    assert losses.tried == [0, 1, 3, 4, 3]
