@@ -5,11 +5,7 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from orthorank_vllm.calibrate.command import (
-    check_writable,
-    parse_count,
-    parse_option,
-)
+from orthorank_vllm.calibrate.command import check_writable, parse_count, parse_option
 from orthorank_vllm.calibrate.text import BUILT_IN, Text, built_in_text, read_text
 from orthorank_vllm.evaluate.tasks import TaskFile, read_task
 from orthorank_vllm.options import (

@@ -5,16 +5,13 @@ Perplexity of a text and accuracy on tasks, dense and at each ratio, as a table,
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
 
-from orthorank_vllm.calibrate.command import (
-    measure,
-    write,
-)
+from orthorank_vllm.calibrate.command import measure, write
 from orthorank_vllm.calibrate.greedy import Choice
 from orthorank_vllm.calibrate.measurement import (
     DEFAULT_LENGTH,
@@ -29,9 +26,7 @@ from orthorank_vllm.evaluate.report import write_report
 from orthorank_vllm.evaluate.results import Results, plan_runs
 from orthorank_vllm.evaluate.scorer import Scorer
 from orthorank_vllm.evaluate.tasks import accuracies
-from orthorank_vllm.options import (
-    OptionError,
-)
+from orthorank_vllm.options import OptionError
 from orthorank_vllm.profiles import (
     Profile,
     ProfileError,
@@ -88,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not results.cosines:
             head = segments[0][:HEAT_MAP_TOKENS]
             results.cosines = workers.call(measuring.cosines_to_sink, head)
+        max_length = int(model_config.max_model_len)
         shown = []
         for number, planned in enumerate(runs, start=1):
             measured = results.measured(planned)
@@ -95,19 +91,15 @@ def run(arguments: argparse.Namespace) -> int:
                 treatment = replace(asked.treatment, method=planned.method)
                 scorer = Scorer(workers, planned.layers, treatment)
                 label = f"{planned.label} ({number} of {len(runs)})"
-                with tqdm(desc=f"{label}: text", total=len(segments), unit="segments") as bar:
-                    value = perplexity(scorer, segments, bar.update)
-                found = {}
-                if asked.tasks:
-                    with tqdm(desc=f"{label}: tasks", unit="answers") as bar:
-                        found = accuracies(
-                            scorer,
-                            asked.tasks,
-                            tokenizer,
-                            int(model_config.max_model_len),
-                            asked.limit,
-                            bar.update,
-                        )
+                try:
+                    value, found = _measure(scorer, label, segments, asked, tokenizer, max_length)
+                except KeyboardInterrupt:
+                    print(
+                        f"\nstopped; {len(shown)} of {len(runs)} are kept in {results.path}: run "
+                        "the same command again to go on",
+                        file=sys.stderr,
+                    )
+                    raise
                 measured = replace(planned, perplexity=value, tasks=found)
                 results.add(measured)
             shown.append(measured)
@@ -116,6 +108,24 @@ def run(arguments: argparse.Namespace) -> int:
     print(results.table(shown))
     print(f"wrote {asked.folder / 'results.json'} and {asked.folder / 'report.html'}")
     return 0
+
+
+def _measure(
+    scorer: Scorer,
+    label: str,
+    segments: Sequence[Sequence[int]],
+    asked: Asked,
+    tokenizer: Any,
+    max_length: int,
+) -> tuple[float, dict[str, dict[str, Any]]]:
+    """Perplexity, and accuracy by task, with a bar for each."""
+    with tqdm(desc=f"{label}: text", total=len(segments), unit="segments") as bar:
+        value = perplexity(scorer, segments, bar.update)
+    if not asked.tasks:
+        return value, {}
+    with tqdm(desc=f"{label}: tasks", unit="answers") as bar:
+        found = accuracies(scorer, asked.tasks, tokenizer, max_length, asked.limit, bar.update)
+    return value, found
 
 
 def _identity(asked: Asked, measurement: Measurement, segments: int) -> dict[str, Any]:
