@@ -23,7 +23,7 @@ from orthorank_vllm.config import selective_count
 from orthorank_vllm.evaluate.asked import Asked, add_arguments
 from orthorank_vllm.evaluate.perplexity import cut, perplexity
 from orthorank_vllm.evaluate.report import write_report
-from orthorank_vllm.evaluate.results import Results, plan_runs
+from orthorank_vllm.evaluate.results import Results, Run, plan_runs
 from orthorank_vllm.evaluate.scorer import Scorer
 from orthorank_vllm.evaluate.tasks import accuracies
 from orthorank_vllm.options import OptionError
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
             head = segments[0][:HEAT_MAP_TOKENS]
             results.cosines = workers.call(measuring.cosines_to_sink, head)
         max_length = int(model_config.max_model_len)
-        shown = []
+        shown: list[Run] = []
         for number, planned in enumerate(runs, start=1):
             measured = results.measured(planned)
             if measured is None:
