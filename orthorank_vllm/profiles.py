@@ -96,13 +96,22 @@ class Profile:
             "order": list(self.order),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(json.dumps(content, indent=2) + "\n")
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write aside, then rename: a reader meets the old content or the new.
+
+    Raises:
+        OSError: nothing was changed.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(content)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def model_shape(hf_config: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from orthorank_vllm.calibrate.measurement import (
     DEFAULT_TOKENS,
     Measurement,
     found_so_far,
+    unfinished_of,
 )
 from orthorank_vllm.calibrate.progress import TrialBar
 from orthorank_vllm.calibrate.text import BUILT_IN, built_in_text, read_text
@@ -99,9 +100,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
     count = selective_count("--max-ratio", max_ratio, keep, measurement.num_layers)
     output = Path(arguments.output) if arguments.output else default_output(measurement)
-    check_writable(output)
-    unfinished = output.with_name(output.name + ".unfinished")
-    choice = found_so_far(measurement, output, unfinished)
+    if not arguments.output:
+        check_writable(output)
+    choice = found_so_far(measurement, output)
     if len(choice.order) >= count:
         print(f"{output} has these {len(choice.order)} layers already, measured in the same way")
         return 0
@@ -109,10 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"going on from {len(choice.order)} of {count} layers", file=sys.stderr)
     with loaded_workers(vllm_config) as workers:
         trial = WorkersTrial(workers, measurement.texts, treatment)
-        measure(trial, measurement, choice, count, unfinished, breadth)
-    profile = measurement.profile(choice)
-    write(profile, output)
-    unfinished.unlink(missing_ok=True)
+        profile = measure(trial, measurement, choice, count, output, breadth)
     print(table(profile))
     print(f"wrote {output}")
     return 0
@@ -123,10 +121,11 @@ def measure(
     measurement: Measurement,
     choice: Choice,
     count: int,
-    unfinished: Path,
+    output: Path,
     breadth: int | None = None,
-) -> None:
-    """Choose, with a bar, and keep what is found in `unfinished` after each trial."""
+) -> Profile:
+    """Choose, with a bar, and keep what is found beside `output` after each trial."""
+    unfinished = unfinished_of(output)
     with TrialBar(choice, count, breadth) as bar:
 
         def on_trial() -> None:
@@ -143,6 +142,10 @@ def measure(
                 file=sys.stderr,
             )
             raise
+    profile = measurement.profile(choice)
+    write(profile, output)
+    unfinished.unlink(missing_ok=True)
+    return profile
 
 
 def parse_option(name: str, parse: Callable[[object], Any], value: object) -> Any:

@@ -104,12 +104,18 @@ def choice_of(profile: Profile) -> Choice:
     )
 
 
-def found_so_far(measurement: Measurement, output: Path, unfinished: Path) -> Choice:
+def unfinished_of(output: Path) -> Path:
+    """Where a profile is kept while it grows."""
+    return output.with_name(output.name + ".unfinished")
+
+
+def found_so_far(measurement: Measurement, output: Path) -> Choice:
     """What earlier runs of the same measurement left, if anything.
 
     Raises:
         OptionError: a file is in the way that this run must not replace.
     """
+    unfinished = unfinished_of(output)
     for path in (unfinished, output):
         if not path.exists():
             continue

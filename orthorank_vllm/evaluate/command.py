@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from orthorank_vllm.calibrate.command import measure, write
+from orthorank_vllm.calibrate.command import measure
 from orthorank_vllm.calibrate.greedy import Choice
 from orthorank_vllm.calibrate.measurement import (
     DEFAULT_LENGTH,
@@ -187,11 +187,8 @@ def _pruning(
 def _pruned(trial: Any, measurement: Measurement, count: int, asked: Asked) -> Profile:
     """The greedy choice of whole layers to leave out; kept in the folder."""
     output = asked.folder / "prune.json"
-    unfinished = asked.folder / "prune.json.unfinished"
-    choice = found_so_far(measurement, output, unfinished)
-    if len(choice.order) < count:
-        print("choosing the layers to prune", file=sys.stderr)
-        measure(trial, measurement, choice, count, unfinished, asked.breadth)
-        write(measurement.profile(choice), output)
-        unfinished.unlink(missing_ok=True)
-    return measurement.profile(choice)
+    choice = found_so_far(measurement, output)
+    if len(choice.order) >= count:
+        return measurement.profile(choice)
+    print("choosing the layers to prune", file=sys.stderr)
+    return measure(trial, measurement, choice, count, output, asked.breadth)

@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 
 from orthorank_vllm.evaluate import plots
-from orthorank_vllm.evaluate.results import DENSE, Results, Run, write_whole
+from orthorank_vllm.evaluate.results import DENSE, Results, Run, write_output
 from orthorank_vllm.treatment import METHODS
 
 STYLE = """
@@ -37,7 +37,7 @@ def write_report(results: Results, runs: Sequence[Run], path: Path) -> None:
     Raises:
         OptionError: the file cannot be written; what was there is untouched.
     """
-    write_whole(path, render(results, runs))
+    write_output(path, render(results, runs))
 
 
 def render(results: Results, runs: Sequence[Run]) -> str:

@@ -1,7 +1,6 @@
 """What has been measured: kept as it comes, so that a stopped evaluation goes on."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from orthorank_vllm.config import selective_count
 from orthorank_vllm.options import OptionError
-from orthorank_vllm.profiles import Profile
+from orthorank_vllm.profiles import Profile, write_whole
 from orthorank_vllm.treatment import Treatment
 
 FORMAT = 1
@@ -148,7 +147,7 @@ class Results:
             },
             "cosines": self.cosines,
         }
-        write_whole(self.path, json.dumps(content) + "\n")
+        write_output(self.path, json.dumps(content) + "\n")
 
     def table(self, runs: Sequence[Run]) -> str:
         """For a terminal: a line for each of these runs."""
@@ -174,17 +173,14 @@ class Results:
         return "\n".join(lines)
 
 
-def write_whole(path: Path, content: str) -> None:
+def write_output(path: Path, content: str) -> None:
     """
     Raises:
         OptionError: it cannot be written; what was there is untouched.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(content)
-        partial.replace(path)
+        write_whole(path, content)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OptionError(
             f"-o {path.parent}: {path.name} cannot be written ({error.strerror})"
         ) from None
