@@ -38,7 +38,7 @@ help:
 	@echo "make serve      the server on $(HOST):$(PORT) (MODEL= NAME= RATIO=$(RATIO) HOST= PORT= ARGS=; ORTHORANK= is stock vLLM)"
 	@echo "make test       the tests (TESTS=$(TESTS) ARGS=)"
 	@echo "make lint       ruff and mypy"
-	@echo "make bench      prefill speed against stock vLLM (MODEL= ARGS=)"
+	@echo "make bench      the speed against stock vLLM (MODEL= RATIO=$(RATIO) ARGS=)"
 	@echo "make clean      removes caches and build output"
 	@echo "make distclean  removes $(VENV) and $(FETCHED) as well"
 
@@ -89,8 +89,8 @@ lint: $(STAMP)
 	@$(BIN)/mypy
 
 bench: $(STAMP) model
-	@echo "bench: prefill speed of $(MODEL), $(THREADS) threads"
-	@exec env $(CPU_ENV) $(BIN)/python -m orthorank_vllm.bench.prefill $(MODEL) $(ARGS)
+	@echo "bench: the speed of $(MODEL) at ratio $(RATIO), $(THREADS) threads"
+	@exec env $(CPU_ENV) $(BIN)/orthorank bench $(MODEL) --ratios $(RATIO) $(ARGS)
 
 clean:
 	@echo "clean: removing caches and build output"

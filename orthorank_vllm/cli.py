@@ -15,6 +15,7 @@ from orthorank_vllm.options import OptionError
 COMMANDS = {
     "calibrate": ("orthorank_vllm.calibrate.command", "choose a model's layers by measurement"),
     "evaluate": ("orthorank_vllm.evaluate.command", "measure what a ratio costs in quality"),
+    "bench": ("orthorank_vllm.bench.command", "measure what a ratio gains in speed"),
 }
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -64,6 +65,7 @@ def _run(name: str, argv: list[str]) -> int:
     EngineArgs.add_cli_args(parser)
     arguments = parser.parse_args(argv)
     arguments.model = arguments.model_tag
+    arguments.argv = argv
     # A polite stop, whoever asks for it, keeps what was found.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return int(module.run(arguments))

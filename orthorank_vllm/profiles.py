@@ -5,12 +5,13 @@ A profile is JSON in the form of `profile.schema.json`.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from orthorank_vllm.outputs import write_whole
 
 FORMAT = 2
 SHAPE_KEYS = (
@@ -97,21 +98,6 @@ class Profile:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Write aside, then rename: a reader meets the old content or the new.
-
-    Raises:
-        OSError: nothing was changed.
-    """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(content)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def model_shape(hf_config: Any) -> dict[str, Any]:

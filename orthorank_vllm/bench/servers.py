@@ -84,11 +84,30 @@ def completion(server: Server, body: Mapping[str, object]) -> Iterator[http.clie
         yield response
 
 
-def resident_mb(server: Server) -> float:
-    """Resident memory of the whole process tree (pages that processes share count for each)."""
+@dataclass(frozen=True)
+class Memory:
+    """Of a server's processes together, in MB.
+
+    Attributes:
+        private: what no other process shares, now.
+        peak: resident at most, each process's own peak; shared pages count for each.
+    """
+
+    private: float
+    peak: float
+
+
+def memory_of(server: Server) -> Memory:
+    """Read from /proc of the whole process tree."""
     root = psutil.Process(server.process.pid)
     processes = [root, *root.children(recursive=True)]
-    return float(sum(process.memory_info().rss for process in processes) / 1e6)
+    private = sum(process.memory_full_info().uss for process in processes) / 1e6
+    peak = 0.0
+    for process in processes:
+        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                peak += int(line.split()[1]) * 1024 / 1e6
+    return Memory(private, peak)
 
 
 @contextmanager
@@ -117,6 +136,7 @@ def _environment() -> dict[str, str]:
     environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
     environment.setdefault("VLLM_NO_USAGE_STATS", "1")
     environment.setdefault("HF_HUB_OFFLINE", "1")
+    environment["VLLM_LOGGING_LEVEL"] = "INFO"  # `orthorank` is quiet, its servers' logs are not
     return environment
 
 

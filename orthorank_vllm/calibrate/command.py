@@ -5,10 +5,16 @@ Greedy: step by step, the layer is added that raises the loss on a text least.
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from orthorank_vllm.arguments import (
+    add_breadth_argument,
+    add_rule_arguments,
+    breadth_of,
+    parse_count,
+    parse_option,
+    rule_of,
+)
 from orthorank_vllm.calibrate.greedy import Choice, Trial, choose
 from orthorank_vllm.calibrate.measurement import (
     DEFAULT_LENGTH,
@@ -20,14 +26,8 @@ from orthorank_vllm.calibrate.measurement import (
 from orthorank_vllm.calibrate.progress import TrialBar
 from orthorank_vllm.calibrate.text import BUILT_IN, built_in_text, read_text
 from orthorank_vllm.config import selective_count
-from orthorank_vllm.options import (
-    DEFAULT_KEEP,
-    DEFAULT_WINDOW,
-    OptionError,
-    parse_keep,
-    parse_ratio,
-    parse_window,
-)
+from orthorank_vllm.options import OptionError, parse_ratio
+from orthorank_vllm.outputs import check_writable
 from orthorank_vllm.profiles import Profile, cached_path
 from orthorank_vllm.treatment import Treatment
 
@@ -48,21 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_MAX_RATIO,
         help="Choose layers up to this ratio (default: %(default)s).",
     )
-    group.add_argument("--keep", default=DEFAULT_KEEP, help="As --orthorank-keep (default: 1/3).")
-    group.add_argument(
-        "--window", default=DEFAULT_WINDOW, help="As --orthorank-window (default: %(default)s)."
-    )
+    add_rule_arguments(group)
     group.add_argument(
         "--tokens",
         default=DEFAULT_TOKENS,
         help=f"Tokens to measure on, in stretches of {DEFAULT_LENGTH} from all over the text "
         "(default: %(default)s).",
     )
-    group.add_argument(
-        "--breadth",
-        help="Layers to try in each step after the first, those that cost least at their last "
-        "try (default: all; 8 is much faster and seldom chooses otherwise).",
-    )
+    add_breadth_argument(group)
     group.add_argument(
         "-o",
         "--output",
@@ -83,13 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
         tokenizer_of,
     )
 
-    keep = parse_option("--keep", parse_keep, arguments.keep)
-    treatment = Treatment(
-        keep=keep, window=parse_option("--window", parse_window, arguments.window)
-    )
+    treatment = rule_of(arguments)
     max_ratio = parse_option("--max-ratio", parse_ratio, arguments.max_ratio)
     tokens = parse_count("--tokens", arguments.tokens, least=DEFAULT_LENGTH)
-    breadth = parse_count("--breadth", arguments.breadth, least=1) if arguments.breadth else None
+    breadth = breadth_of(arguments)
     text = read_text(arguments.data) if arguments.data else built_in_text()
     if arguments.output:
         check_writable(Path(arguments.output))
@@ -98,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     measurement = Measurement.of(
         model_config, tokenizer_of(model_config).encode, text, treatment, tokens=tokens
     )
-    count = selective_count("--max-ratio", max_ratio, keep, measurement.num_layers)
+    count = selective_count("--max-ratio", max_ratio, treatment.keep, measurement.num_layers)
     output = Path(arguments.output) if arguments.output else default_output(measurement)
     if not arguments.output:
         check_writable(output)
@@ -148,26 +138,6 @@ def measure(
     return profile
 
 
-def parse_option(name: str, parse: Callable[[object], Any], value: object) -> Any:
-    """One of `config`'s parsers, with this command's name of the option in its message."""
-    try:
-        return parse(value)
-    except OptionError as error:
-        message = str(error).partition(" ")[2]
-        raise OptionError(f"{name} {message}") from None
-
-
-def parse_count(name: str, value: object, least: int) -> int:
-    """
-    Raises:
-        OptionError: not a whole number, or too small.
-    """
-    number = int(str(value)) if str(value).isdecimal() else 0
-    if number < least:
-        raise OptionError(f"{name} {value}: not allowed, give a whole number from {least}")
-    return number
-
-
 def default_output(measurement: Measurement) -> Path:
     """In vLLM's cache, by the model's configuration and the rule."""
     from vllm import envs
@@ -176,26 +146,6 @@ def default_output(measurement: Measurement) -> Path:
     return cached_path(
         envs.VLLM_CACHE_ROOT, measurement.model["config_sha256"], treatment.keep, treatment.window
     )
-
-
-def check_writable(path: Path) -> None:
-    """Before hours of work, not after.
-
-    Raises:
-        OptionError: a file could not be made there.
-    """
-    probe = path.with_name(path.name + ".probe")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OptionError(
-            f"-o {path}: it cannot be written ({error.strerror}); give a file in a folder that "
-            "can be written"
-        ) from None
 
 
 def write(profile: Profile, path: Path) -> None:
@@ -218,7 +168,7 @@ def table(profile: Profile) -> str:
     lines.append(
         f"{'dense':>5}  {0:5.3f}  {profile.dense_loss:7.4f}  {math.exp(profile.dense_loss):10.2f}"
     )
-    share = (1 - profile.keep) / profile.model["num_hidden_layers"]
+    share = Treatment(keep=profile.keep).saved_per_layer / profile.model["num_hidden_layers"]
     for step, (layer, loss) in enumerate(zip(profile.order, profile.losses, strict=True), start=1):
         if loss is not None:
             lines.append(f"{layer:5}  {step * share:5.3f}  {loss:7.4f}  {math.exp(loss):10.2f}")

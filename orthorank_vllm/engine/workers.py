@@ -54,7 +54,7 @@ def measuring_config(arguments: argparse.Namespace) -> Any:
     """
     from vllm.engine.arg_utils import EngineArgs
 
-    try:
+    with _mistakes_in_one_line(arguments.model):
         engine_args = EngineArgs.from_cli_args(arguments)
         # One process where one will do: half the memory, and Ctrl-C meets no child.
         if engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size == 1:
@@ -63,9 +63,6 @@ def measuring_config(arguments: argparse.Namespace) -> Any:
         engine_args.enforce_eager = True
         engine_args.max_num_seqs = 1
         vllm_config = engine_args.create_engine_config()
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise OptionError(f"MODEL {arguments.model}: vLLM cannot load it ({reason})") from None
     orthorank_architectures(vllm_config.model_config.architectures)
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise OptionError(
@@ -73,6 +70,23 @@ def measuring_config(arguments: argparse.Namespace) -> Any:
             "not possible here, a choice of layers is measured on the whole model; give 1"
         )
     return vllm_config
+
+
+def model_config_of(arguments: argparse.Namespace) -> Any:
+    """vLLM's `ModelConfig` of a model that OrthoRank can serve.
+
+    Args:
+        arguments: as for `measuring_config`.
+
+    Raises:
+        OptionError: see `measuring_config`.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    with _mistakes_in_one_line(arguments.model):
+        model_config = EngineArgs.from_cli_args(arguments).create_model_config()
+    orthorank_architectures(model_config.architectures)
+    return model_config
 
 
 @contextmanager
@@ -92,3 +106,12 @@ def tokenizer_of(model_config: Any) -> Any:
     from vllm.tokenizers import cached_tokenizer_from_config
 
     return cached_tokenizer_from_config(model_config)
+
+
+@contextmanager
+def _mistakes_in_one_line(model: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise OptionError(f"MODEL {model}: vLLM cannot load it ({reason})") from None

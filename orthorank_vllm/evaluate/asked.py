@@ -5,17 +5,18 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from orthorank_vllm.calibrate.command import check_writable, parse_count, parse_option
+from orthorank_vllm.arguments import (
+    add_breadth_argument,
+    add_rule_arguments,
+    breadth_of,
+    parse_count,
+    parse_option,
+    rule_of,
+)
 from orthorank_vllm.calibrate.text import BUILT_IN, Text, built_in_text, read_text
 from orthorank_vllm.evaluate.tasks import TaskFile, read_task
-from orthorank_vllm.options import (
-    DEFAULT_KEEP,
-    DEFAULT_WINDOW,
-    OptionError,
-    parse_keep,
-    parse_ratio,
-    parse_window,
-)
+from orthorank_vllm.options import OptionError, parse_ratio
+from orthorank_vllm.outputs import check_writable
 from orthorank_vllm.treatment import METHODS, Treatment
 
 DEFAULT_RATIOS = "0,0.1,0.2,0.3"
@@ -46,10 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='JSON lines with "query", "choices", "gold" or "context", "continuation".',
     )
     group.add_argument("--limit", help="Questions of each task (default: all).")
-    group.add_argument("--keep", default=DEFAULT_KEEP, help="As --orthorank-keep (default: 1/3).")
-    group.add_argument(
-        "--window", default=DEFAULT_WINDOW, help="As --orthorank-window (default: %(default)s)."
-    )
+    add_rule_arguments(group)
     group.add_argument(
         "--length",
         default=DEFAULT_SEGMENT,
@@ -66,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="The text to choose the layers to prune with; that of the profile, for a fair "
         f"comparison (default: {BUILT_IN}).",
     )
-    group.add_argument("--breadth", help="As `orthorank calibrate --breadth`, for pruning.")
+    add_breadth_argument(group)
     group.add_argument(
         "-o",
         "--output",
@@ -104,17 +102,12 @@ class Asked:
             text=read_text(arguments.data),
             ratios=[parse_option("--ratios", parse_ratio, r) for r in arguments.ratios.split(",")],
             methods=["orthorank", *_parse_methods(arguments.against)],
-            treatment=Treatment(
-                keep=parse_option("--keep", parse_keep, arguments.keep),
-                window=parse_option("--window", parse_window, arguments.window),
-            ),
+            treatment=rule_of(arguments),
             length=parse_count("--length", arguments.length, least=2),
             tasks=[read_task(path) for path in arguments.tasks],
             limit=parse_count("--limit", arguments.limit, least=1) if arguments.limit else None,
             calibration=read_text(given, "--calibration-data") if given else built_in_text(),
-            breadth=(
-                parse_count("--breadth", arguments.breadth, least=1) if arguments.breadth else None
-            ),
+            breadth=breadth_of(arguments),
             folder=Path(arguments.output),
         )
         names = [task.name for task in asked.tasks]

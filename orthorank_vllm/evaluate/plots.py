@@ -1,29 +1,16 @@
 """The report's plots, as SVG."""
 
-import io
 from collections.abc import Sequence
-from typing import Any
 
+from orthorank_vllm.charts import COLOURS, figure_of, svg_of
 from orthorank_vllm.evaluate.results import DENSE, Run
 from orthorank_vllm.profiles import Profile
-
-# Okabe and Ito's colours: told apart with any colour vision, and in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLE: Any = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e3e3e3",
-}
+from orthorank_vllm.treatment import Treatment
 
 
 def perplexity_against_ratio(runs: Sequence[Run]) -> str:
     """A line for each method, and the dense model's as a level."""
-    figure, axes = _figure(7.2, 4.2)
+    figure, axes = figure_of(7.2, 4.2)
     dense = _dense(runs)
     for method, colour in _colours(runs).items():
         of_method = [run for run in runs if run.method == method]
@@ -40,12 +27,12 @@ def perplexity_against_ratio(runs: Sequence[Run]) -> str:
     axes.yaxis.set_minor_formatter(_plain)
     axes.set_xlim(left=0)
     axes.legend(frameon=False)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def accuracy_bars(runs: Sequence[Run], task: str) -> str:
     """A bar for each run, by ratio, with its standard error; the dense model's as a level."""
-    figure, axes = _figure(7.2, 3.2)
+    figure, axes = figure_of(7.2, 3.2)
     dense = _dense(runs)
     colours = _colours(runs)
     ratios = sorted({run.ratio_asked for run in runs if run.method != DENSE})
@@ -69,14 +56,15 @@ def accuracy_bars(runs: Sequence[Run], task: str) -> str:
     axes.set(ylabel="accuracy", ylim=(0, None))
     axes.grid(axis="x", visible=False)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def loss_by_step(profiles: dict[str, Profile]) -> str:
     """The calibration loss after each greedy step, against the ratio reached."""
-    figure, axes = _figure(7.2, 3.6)
+    figure, axes = figure_of(7.2, 3.6)
     for (method, profile), colour in zip(profiles.items(), COLOURS, strict=False):
-        share = (1 if method == "prune" else 1 - profile.keep) / profile.model["num_hidden_layers"]
+        saved = Treatment(method, profile.keep).saved_per_layer
+        share = saved / profile.model["num_hidden_layers"]
         points = [
             (0.0, profile.dense_loss),
             *((step * share, loss) for step, loss in enumerate(profile.losses, start=1)),
@@ -96,12 +84,12 @@ def loss_by_step(profiles: dict[str, Profile]) -> str:
     axes.set(xlabel="ratio", ylabel="calibration loss (nats per token)")
     axes.set_xlim(left=0)
     axes.legend(frameon=False)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def cosine_map(cosines: Sequence[Sequence[float]], selective: Sequence[int]) -> str:
     """|cos| of each token to the sink, by layer and position; selective layers are marked."""
-    figure, axes = _figure(7.2, 4.6)
+    figure, axes = figure_of(7.2, 4.6)
     image = axes.imshow(
         cosines, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest"
     )
@@ -118,22 +106,7 @@ def cosine_map(cosines: Sequence[Sequence[float]], selective: Sequence[int]) -> 
         color=COLOURS[1],
     )
     figure.colorbar(image, ax=axes, label="|cos| to the sink", pad=0.02)
-    return _svg(figure)
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams.update(STYLE)
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _svg(figure: Any) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    return svg_of(figure)
 
 
 def _dense(runs: Sequence[Run]) -> Run | None:

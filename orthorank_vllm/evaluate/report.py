@@ -5,7 +5,8 @@ from html import escape
 from pathlib import Path
 
 from orthorank_vllm.evaluate import plots
-from orthorank_vllm.evaluate.results import DENSE, Results, Run, write_output
+from orthorank_vllm.evaluate.results import DENSE, Results, Run
+from orthorank_vllm.outputs import write_output
 from orthorank_vllm.treatment import METHODS
 
 STYLE = """

@@ -8,7 +8,8 @@ from typing import Any
 
 from orthorank_vllm.config import selective_count
 from orthorank_vllm.options import OptionError
-from orthorank_vllm.profiles import Profile, write_whole
+from orthorank_vllm.outputs import write_output
+from orthorank_vllm.profiles import Profile
 from orthorank_vllm.treatment import Treatment
 
 FORMAT = 1
@@ -171,19 +172,6 @@ class Results:
                 )
             )
         return "\n".join(lines)
-
-
-def write_output(path: Path, content: str) -> None:
-    """
-    Raises:
-        OptionError: it cannot be written; what was there is untouched.
-    """
-    try:
-        write_whole(path, content)
-    except OSError as error:
-        raise OptionError(
-            f"-o {path.parent}: {path.name} cannot be written ({error.strerror})"
-        ) from None
 
 
 def _accuracy(found: dict[str, Any] | None) -> str:

@@ -1,0 +1,229 @@
+"""Measure what a ratio gains in speed, against stock vLLM or a pruned model.
+
+Starts the servers as a user would, sends all of them the same prompts in turn over HTTP, and
+compares pair by pair, so that a machine that becomes slower or faster does so for each.
+"""
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from orthorank_vllm import __version__
+from orthorank_vllm.bench.asked import Asked, add_arguments
+from orthorank_vllm.bench.ideal import Shapes
+from orthorank_vllm.bench.pairs import Round, measure_rounds
+from orthorank_vllm.bench.prompts import Prompt, Prompts
+from orthorank_vllm.bench.pruned import write_pruned
+from orthorank_vllm.bench.report import OURS, Comparison, Results, plot, table
+from orthorank_vllm.bench.servers import Server, ServerError, get, memory_of, running
+from orthorank_vllm.bench.workloads import Workload, plan_workloads
+from orthorank_vllm.config import selective_count
+from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_WINDOW, OptionError
+from orthorank_vllm.outputs import write_output
+from orthorank_vllm.treatment import Treatment
+
+__all__ = ["add_arguments", "run"]
+
+UPDATES = "orthorank_token_updates_total"
+SKIPPED = "orthorank_token_updates_skipped_total"
+WARM_UPS = 2
+MIN_MODEL_LEN = 4096
+# A vLLM worker in a process of its own (as on a CPU) spins for 1 s after a request, on a
+# core that the other server's request would then lack.
+SETTLE_SECONDS = 1.2
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """
+    Raises:
+        OptionError: see the options.
+    """
+    from orthorank_vllm.engine.workers import model_config_of, tokenizer_of
+
+    asked = Asked.of(arguments)
+    rule = _rule_of(arguments)
+    model_config = model_config_of(arguments)
+    shapes = Shapes.of(model_config.hf_text_config)
+    selective = [selective_count("--ratios", r, rule.keep, shapes.layers) for r in asked.ratios]
+    workloads = plan_workloads(asked.lengths, asked.clients, asked.output_len)
+    flags = [*_default_flags(asked, workloads, int(model_config.max_model_len)), *asked.flags]
+    tokens = tokenizer_of(model_config).encode(asked.text.content)
+    results = Results(asked.model, flags, shapes, rule, _machine())
+    try:
+        for ratio, layers in zip(asked.ratios, selective, strict=True):
+            # Drawn before any server starts: a text that is too short shows at once.
+            prompts = Prompts(tokens)
+            drawn = [
+                [workload.draw(prompts) for _ in range(WARM_UPS + asked.pairs)]
+                for workload in workloads
+            ]
+            results.comparisons.append(
+                _compare(asked, ratio, layers, shapes.layers, flags, workloads, drawn)
+            )
+            write_output(asked.folder / "results.json", results.as_json())
+    except ServerError as error:
+        print(f"orthorank bench: error: {error}", file=sys.stderr)
+        return 1
+    print(table(results))
+    written = ["results.json"]
+    if picture := plot(results):
+        write_output(asked.folder / "plot.svg", picture)
+        written.append("plot.svg")
+    else:
+        print(
+            "note: no plot without matplotlib; pip install 'orthorank-vllm[evaluate]'",
+            file=sys.stderr,
+        )
+    print(f"wrote {' and '.join(written)} in {asked.folder}")
+    return 0
+
+
+def _compare(
+    asked: Asked,
+    ratio: float,
+    selective: int,
+    layers: int,
+    flags: Sequence[str],
+    workloads: Sequence[Workload],
+    drawn: Sequence[Sequence[Sequence[Prompt]]],
+) -> Comparison:
+    """Every workload on OrthoRank and its rivals, all of them running at the same time."""
+    with ExitStack() as stack:
+        # OrthoRank first: it is the one that may refuse. One after another: vLLM measures the
+        # memory that is free while it starts.
+        sparse_flags = [*flags, "--orthorank-ratio", str(ratio), *asked.rule_flags]
+        servers = [stack.enter_context(running(OURS, asked.model, sparse_flags, asked.folder))]
+        removed = 0
+        for rival in asked.rivals:
+            model = asked.model
+            if rival == "prune":
+                removed = max(round(ratio * layers), 1)
+                model = str(stack.enter_context(_pruned(asked.model, removed)))
+            servers.append(stack.enter_context(running(rival, model, flags, asked.folder)))
+        rounds = _measure(servers, workloads, drawn, asked.pairs)
+        return Comparison(
+            ratio_asked=ratio,
+            ratio=_ratio_reached(servers[0]),
+            selective=selective,
+            removed=removed,
+            workloads=list(workloads),
+            rounds=rounds,
+            memory={server.name: memory_of(server) for server in servers},
+        )
+
+
+def _measure(
+    servers: Sequence[Server],
+    workloads: Sequence[Workload],
+    drawn: Sequence[Sequence[Sequence[Prompt]]],
+    pairs: int,
+) -> list[list[Round]]:
+    """Rounds by workload."""
+    total = len(workloads) * len(servers) * (WARM_UPS + pairs)
+    found = []
+    with tqdm(total=total, unit="measurements", desc="warming up") as bar:
+        for workload, prompts in zip(workloads, drawn, strict=True):
+            for group in prompts[:WARM_UPS]:
+                for server in servers:
+                    workload.measure(server, group)
+                    bar.update()
+        _ratio_reached(servers[0])
+        for workload, prompts in zip(workloads, drawn, strict=True):
+            bar.set_description(workload.name)
+            measures = [
+                (server.name, partial(_timed, workload, server, prompts[WARM_UPS:]))
+                for server in servers
+            ]
+            found.append(measure_rounds(measures, pairs, bar.update))
+    return found
+
+
+def _timed(
+    workload: Workload, server: Server, prompts: Sequence[Sequence[Prompt]], number: int
+) -> float:
+    time.sleep(SETTLE_SECONDS)
+    return workload.measure(server, prompts[number])
+
+
+@contextmanager
+def _pruned(model: str, count: int) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="orthorank-pruned-") as folder:
+        write_pruned(Path(model), Path(folder), count)
+        yield Path(folder)
+
+
+def _ratio_reached(server: Server) -> float:
+    """The fraction of token updates that the server says it skipped.
+
+    Raises:
+        ServerError: it skipped nothing, so it is no OrthoRank server to be measured.
+    """
+    totals = {UPDATES: 0.0, SKIPPED: 0.0}
+    for line in get(server, "/metrics").splitlines():
+        name = line.partition("{")[0].partition(" ")[0]
+        if name in totals:
+            totals[name] += float(line.rpartition(" ")[2])
+    if totals[SKIPPED] == 0:
+        raise ServerError(f"{server.name}: /metrics shows nothing skipped: OrthoRank is inactive")
+    return totals[SKIPPED] / sum(totals.values())
+
+
+def _rule_of(arguments: argparse.Namespace) -> Treatment:
+    """The rule of OrthoRank's servers."""
+    return Treatment(
+        keep=getattr(arguments, "orthorank_keep", DEFAULT_KEEP),
+        window=getattr(arguments, "orthorank_window", DEFAULT_WINDOW),
+    )
+
+
+def _default_flags(asked: Asked, workloads: Sequence[Workload], context: int) -> list[str]:
+    """What the user would have to give for a sensible comparison, unless it was given.
+
+    Raises:
+        OptionError: the model's context is too short.
+    """
+    longest = max(workload.prompt_len + workload.outputs for workload in workloads)
+    if longest > context:
+        raise OptionError(
+            f"--lengths {','.join(map(str, asked.lengths))}: with what is generated a request has "
+            f"{longest} tokens, and this model's context is {context}; give shorter ones"
+        )
+    flags = []
+    if not _is_given("max-model-len", asked.flags):
+        flags += ["--max-model-len", str(min(context, max(longest, MIN_MODEL_LEN)))]
+    # vLLM tells its CPU build by the version too; most CPUs are slow in the models' bfloat16.
+    if "cpu" in version("vllm") and not _is_given("dtype", asked.flags):
+        flags += ["--dtype", "float32"]
+    return flags
+
+
+def _is_given(name: str, flags: Sequence[str]) -> bool:
+    names = {flag.partition("=")[0].replace("_", "-") for flag in flags}
+    return f"--{name}" in names
+
+
+def _machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "gpus": devices,
+        "vllm": version("vllm"),
+        "torch": torch.__version__,
+        "orthorank-vllm": __version__,
+    }
