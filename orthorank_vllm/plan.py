@@ -22,12 +22,15 @@ class Batch:
         query_len: tokens that this forward computes.
         prompt_len: length of the prompt.
         first_token: token id at position 0.
+        is_read_whole: whether more than the sampled rows' output is read (prompt
+            log-probabilities).
     """
 
     num_computed: Ints
     query_len: Ints
     prompt_len: Ints
     first_token: Ints
+    is_read_whole: bool = False
 
     @property
     def prompt_tokens(self) -> Ints:
@@ -55,6 +58,9 @@ class Plan:
         sink_row: [R] row of their position 0, or -1 where this forward lacks it.
         selected_per_request: [batch] selected rows of each request; a prompt's
             last token that also wins is counted twice (see `selection.select`).
+        read: [N] rows whose output is read, ascending: each request's last, and
+            all past its prompt. None if all are.
+        read_per_request: [batch] how many those are.
         num_tokens: rows in the batch.
         batch: what the plan was made of.
     """
@@ -69,6 +75,8 @@ class Plan:
     first_token: Ints
     sink_row: Ints
     selected_per_request: Ints
+    read: Ints | None
+    read_per_request: Ints
     num_tokens: int
     batch: Batch
 
@@ -125,6 +133,9 @@ def make_plan(batch: Batch, keep: float, window: int) -> Plan | None:
     winner_part = np.repeat(np.arange(len(size)), wins)
     winners = np.arange(wins.sum()) + (part_start - np.cumsum(wins) + wins)[winner_part]
 
+    is_read = ~is_prompt
+    is_read[np.cumsum(batch.query_len) - 1] = True
+
     requests, request_of_candidate = np.unique(request[competes], return_inverse=True)
     winners_per_request = np.bincount(
         request_of_row[candidates[part_start]], weights=wins, minlength=len(batch.query_len)
@@ -141,6 +152,8 @@ def make_plan(batch: Batch, keep: float, window: int) -> Plan | None:
         first_token=batch.first_token[requests],
         sink_row=np.where(batch.num_computed[requests] == 0, first_row[requests], -1),
         selected_per_request=winners_per_request + always_per_request,
+        read=None if batch.is_read_whole else rows[is_read],
+        read_per_request=np.bincount(request_of_row[is_read], minlength=len(batch.query_len)),
         num_tokens=num_tokens,
         batch=batch,
     )

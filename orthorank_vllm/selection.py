@@ -13,30 +13,25 @@ from orthorank_vllm.plan import Plan
 
 @dataclass(frozen=True)
 class Competition:
-    """A plan's arrays on the device, all int64; see `plan.Plan`."""
+    """A plan's arrays on the device, all int64; see `plan.Plan`.
+
+    Attributes:
+        rank: [C] what orders candidates before their scores do: the window part in
+            the upper half, and below it the bit that puts a sink after all others.
+    """
 
     candidates: torch.Tensor
-    part: torch.Tensor
     request: torch.Tensor
-    at_position_0: torch.Tensor
+    rank: torch.Tensor
     winners: torch.Tensor
     always: torch.Tensor
 
     @classmethod
     def of(cls, plan: Plan, device: torch.device) -> "Competition":
-        return cls(
-            *(
-                torch.from_numpy(array).to(device, non_blocking=True)
-                for array in (
-                    plan.candidates,
-                    plan.part,
-                    plan.request,
-                    plan.at_position_0,
-                    plan.winners,
-                    plan.always,
-                )
-            )
-        )
+        rank = plan.part << 32
+        rank[plan.at_position_0] |= 1 << 31
+        arrays = (plan.candidates, plan.request, rank, plan.winners, plan.always)
+        return cls(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
 
 
 def score(normed: torch.Tensor, sinks: torch.Tensor, competition: Competition) -> torch.Tensor:
@@ -72,9 +67,7 @@ def select(scores: torch.Tensor, competition: Competition) -> torch.Tensor:
     Returns:
         [plan.num_selected] int64.
     """
-    scores = scores.index_fill(0, competition.at_position_0, torch.inf)
-    # Floats that are not negative are ordered like their bits.
-    key = (competition.part << 32) | scores.view(torch.int32)
-    by_part_and_score = key.argsort(stable=True)
+    # Floats that are not negative are ordered like their bits, and leave the sign bit free.
+    by_part_and_score = (competition.rank | scores.view(torch.int32)).argsort(stable=True)
     winners = competition.candidates[by_part_and_score[competition.winners]]
     return torch.cat([winners, competition.always]).sort().values

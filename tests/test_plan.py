@@ -1,6 +1,7 @@
 """The plan against the rule written out with loops."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,20 @@ def test_the_sink_is_in_the_batch_only_with_position_0() -> None:
     assert plan.sink_row.tolist() == [0, -1, 15]
     assert plan.first_token.tolist() == [100, 101, 102]
     assert plan.at_position_0.tolist() == [0, 15]
+
+
+def test_only_sampled_rows_are_read() -> None:
+    """A chunk's end, a prompt's end, a decode, and three tokens to verify."""
+    plan = plan_of((0, 20, 40), (10, 30, 40), (50, 1, 40), (39, 4, 40))
+    assert plan.read is not None
+    assert plan.read.tolist() == [19, 49, 50, 52, 53, 54]
+    assert plan.read_per_request.tolist() == [1, 1, 1, 3]
+
+
+def test_all_rows_are_read_where_prompt_log_probabilities_are_wanted() -> None:
+    plan = make_plan(replace(batch((0, 20, 40)), is_read_whole=True), 1 / 3, 128)
+    assert plan is not None
+    assert plan.read is None
 
 
 requests = st.lists(

@@ -35,9 +35,8 @@ def competition_of(request: list[int]) -> Competition:
     none = torch.empty(0, dtype=torch.int64)
     return Competition(
         candidates=torch.arange(len(request)),
-        part=none,
         request=torch.tensor(request),
-        at_position_0=none,
+        rank=none,
         winners=none,
         always=none,
     )

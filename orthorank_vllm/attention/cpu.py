@@ -14,21 +14,24 @@ from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.model_executor.layers.attention.attention import (
     get_attention_context,
+    unified_attention_with_output,
     unified_kv_cache_update,
 )
 
-from orthorank_vllm.plan import Plan
+from orthorank_vllm.plan import Ints
 
 
 class CpuSparseAttention:
-    """Attention of one forward; all its selective layers share what is prepared here."""
+    """Attention of one forward; layers that compute as many rows share what is prepared here."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._request = torch.from_numpy(
-            np.repeat(np.arange(len(plan.selected_per_request)), plan.selected_per_request)
-        )
+    def __init__(self, rows_per_request: Ints) -> None:
+        """
+        Args:
+            rows_per_request: [requests] how many queries each has, in batch order.
+        """
+        self._request = np.repeat(np.arange(len(rows_per_request)), rows_per_request)
         # Neighbouring rows of two requests can have neighbouring positions too.
-        self._request_ends = self._request[1:] != self._request[:-1]
+        self._request_ends = np.diff(self._request) != 0
 
     @staticmethod
     def write_kv(attn: Any, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -43,6 +46,26 @@ class CpuSparseAttention:
             value.view(-1, attn.num_kv_heads, attn.head_size),
             attn.layer_name,
         )
+
+    @staticmethod
+    def of_all(
+        attn: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """Dense attention, K and V written first: what `attn` itself does, without the
+        dispatcher between, which costs as much as a small batch's arithmetic.
+
+        Args:
+            attn: vLLM's `Attention` layer.
+            query, key, value: [tokens, heads x head size], rotated.
+
+        Returns:
+            [tokens, heads x head size].
+        """
+        CpuSparseAttention.write_kv(attn, key, value)
+        query = query.view(-1, attn.num_heads, attn.head_size)
+        output = torch.empty(query.shape, dtype=query.dtype)
+        unified_attention_with_output(query, key, value, output, attn.layer_name)
+        return output.flatten(1)
 
     def __call__(self, attn: Any, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """
@@ -99,7 +122,15 @@ class CpuSparseAttention:
             first row of each run and the end, [runs + 1] int32; request of each
             run, [runs] int64; keys that its last query sees, [runs] int32.
         """
-        ends = self._request_ends | (positions[1:] != positions[:-1] + 1)
-        last = torch.cat([ends.nonzero()[:, 0], torch.tensor([len(positions) - 1])])
-        starts = torch.nn.functional.pad(last + 1, (1, 0)).int()
-        return starts, self._request[last], (positions[last] + 1).int()
+        # In numpy, on the same memory: these are many steps on few numbers.
+        found = positions.numpy()
+        last = np.flatnonzero(self._request_ends | (np.diff(found) != 1))
+        last = np.append(last, len(found) - 1)
+        starts = np.zeros(len(last) + 1, dtype=np.int32)
+        starts[1:] = last + 1
+        lengths = (found[last] + 1).astype(np.int32)
+        return (
+            torch.from_numpy(starts),
+            torch.from_numpy(self._request[last]),
+            torch.from_numpy(lengths),
+        )

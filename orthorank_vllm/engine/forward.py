@@ -1,5 +1,7 @@
 """The sparse forward: stock layers, of which the selective ones update few rows.
 
+So does the last layer, if it is dense: only rows that are sampled from are read after it.
+
 Works on vLLM's own modules from outside: the compiled model is not entered and
 no layer is replaced, so the dense path stays bit-identical to stock vLLM.
 """
@@ -10,10 +12,10 @@ from typing import Any
 import torch
 
 from orthorank_vllm.attention import SparseAttention
-from orthorank_vllm.engine.kernels import add_and_norm, mlp, rotate
+from orthorank_vllm.engine.kernels import add_and_norm, mlp, rotate, rotate_both
 from orthorank_vllm.engine.projections import SplitWeight, project
 from orthorank_vllm.engine.sinks import SinkTable
-from orthorank_vllm.plan import Plan
+from orthorank_vllm.plan import Ints, Plan
 from orthorank_vllm.selection import Competition, score, select
 
 
@@ -35,11 +37,11 @@ class Step:
     """What the selective layers of one forward share.
 
     Attributes:
+        attention: of selected rows.
         sink_slots: [R] rows of the sink table, one for each competing request.
         fresh_rows, fresh_slots: rows of this batch that are a position 0, and
             the slots that they renew.
-        duplicates: [] int64, on the device: rows that stand twice in a
-            selection, summed over the layers.
+        selected: each selective layer's rows, [plan.num_selected] int64.
     """
 
     competition: Competition
@@ -47,7 +49,13 @@ class Step:
     sink_slots: torch.Tensor
     fresh_rows: torch.Tensor
     fresh_slots: torch.Tensor
-    duplicates: torch.Tensor
+    selected: list[torch.Tensor]
+
+    @property
+    def duplicates(self) -> torch.Tensor:
+        """[] int64, on the device: rows that stand twice in a selection, over all layers."""
+        rows = torch.stack(self.selected)
+        return (rows[:, 1:] == rows[:, :-1]).sum()
 
 
 def sparse_forward(
@@ -67,8 +75,9 @@ def sparse_forward(
         input_ids, positions: [tokens].
 
     Returns:
-        [tokens, hidden] final normalised states, and the number of token
-        updates skipped, [] int64 on the device.
+        [tokens, hidden] final normalised states, right in the rows `plan.read`,
+        and the number of token updates skipped by selective layers, [] int64 on
+        the device.
     """
     step = _start_step(model, selective, sinks, plan, positions.device)
     stream = model.embed_input_ids(input_ids)
@@ -80,6 +89,9 @@ def sparse_forward(
             kept = selective[index]
             sink_rows = sinks.rows[kept.sink_row]
             stream = _selective_layer(layer, step, sink_rows, kept.split, positions, stream, delta)
+            delta = None
+        elif index == model.end_layer - 1 and plan.read is not None:
+            stream = _last_layer(layer, plan.read, plan.read_per_request, positions, stream, delta)
             delta = None
         else:
             delta, stream = _dense_layer(layer, positions, stream, delta)
@@ -146,11 +158,11 @@ def _start_step(
         )
     return Step(
         competition=Competition.of(plan, device),
-        attention=SparseAttention(plan),
+        attention=SparseAttention(plan.selected_per_request),
         sink_slots=on_device(slots),
         fresh_rows=on_device(plan.sink_row[in_batch]),
         fresh_slots=on_device([slots[r] for r in in_batch]),
-        duplicates=torch.zeros((), dtype=torch.int64, device=device),
+        selected=[],
     )
 
 
@@ -162,9 +174,8 @@ def _dense_layer(
     attn = layer.self_attn
     qkv, _ = attn.qkv_proj(normed)
     query, key, value = qkv.split([attn.q_size, attn.kv_size, attn.kv_size], dim=-1)
-    query = rotate(attn.rotary_emb, positions, query)
-    key = rotate(attn.rotary_emb, positions, key)
-    output, _ = attn.o_proj(attn.attn(query, key, value))
+    query, key = rotate_both(attn.rotary_emb, positions, query, key)
+    output, _ = attn.o_proj(SparseAttention.of_all(attn.attn, query, key, value))
     normed, stream = add_and_norm(layer.post_attention_layernorm, stream, output)
     return mlp(layer.mlp, normed), stream
 
@@ -189,16 +200,55 @@ def _selective_layer(
     normed, stream = add_and_norm(layer.input_layernorm, stream, delta)
     sink_rows.index_copy_(0, step.fresh_slots, normed[step.fresh_rows])
     rows = select(score(normed, sink_rows[step.sink_slots], step.competition), step.competition)
-    step.duplicates += (rows[1:] == rows[:-1]).sum()
+    step.selected.append(rows)
+    return _update(layer, step.attention, rows, split, positions, stream, normed)
 
+
+def _last_layer(
+    layer: Any,
+    read: Ints,
+    read_per_request: Ints,
+    positions: torch.Tensor,
+    stream: torch.Tensor,
+    delta: torch.Tensor | None,
+) -> torch.Tensor:
+    """A dense last layer, whose unread rows nobody will miss; their K and V are written.
+
+    Returns:
+        [tokens, hidden] the residual stream, right in the rows `read`.
+    """
+    normed, stream = add_and_norm(layer.input_layernorm, stream, delta)
+    rows = torch.from_numpy(read).to(stream.device, non_blocking=True)
+    return _update(layer, SparseAttention(read_per_request), rows, None, positions, stream, normed)
+
+
+def _update(
+    layer: Any,
+    attention: SparseAttention,
+    rows: torch.Tensor,
+    split: SplitWeight | None,
+    positions: torch.Tensor,
+    stream: torch.Tensor,
+    normed: torch.Tensor,
+) -> torch.Tensor:
+    """K and V of all rows, everything else of a layer for some.
+
+    Args:
+        rows: [selected] int64, grouped by request as `attention` expects.
+        stream: [tokens, hidden]; used up.
+        normed: [tokens, hidden] it, normalised.
+
+    Returns:
+        [tokens, hidden] the residual stream, these rows updated.
+    """
     attn = layer.self_attn
     key, value, query_of = project(attn, split, normed)
     key = rotate(attn.rotary_emb, positions, key)
-    step.attention.write_kv(attn.attn, key, value)
+    attention.write_kv(attn.attn, key, value)
     if not len(rows):
         return stream
     positions = positions[rows]
     query = rotate(attn.rotary_emb, positions, query_of(rows))
-    output, _ = attn.o_proj(step.attention(attn.attn, query, positions))
+    output, _ = attn.o_proj(attention(attn.attn, query, positions))
     normed, updated = add_and_norm(layer.post_attention_layernorm, stream[rows], output)
     return stream.index_copy_(0, rows, updated.add_(mlp(layer.mlp, normed)))

@@ -41,8 +41,15 @@ def rotate(rotary: Any, positions: torch.Tensor, heads: torch.Tensor) -> torch.T
         positions: [tokens].
         heads: [tokens, heads x head size].
     """
-    kernel = rotary.forward_cpu if heads.device.type == "cpu" else rotary.forward_cuda
-    rotated: torch.Tensor = kernel(positions, heads, None)[0]
+    return rotate_both(rotary, positions, heads, None)[0]
+
+
+def rotate_both(
+    rotary: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None
+) -> tuple[torch.Tensor, Any]:
+    """The same for queries and keys of the same tokens, at once."""
+    kernel = rotary.forward_cpu if query.device.type == "cpu" else rotary.forward_cuda
+    rotated: tuple[torch.Tensor, Any] = kernel(positions, query, key)
     return rotated
 
 

@@ -90,7 +90,9 @@ def test_every_query_sees_the_keys_of_its_own_request_up_to_its_position(
     context = (metadata, attn, pages.cache, None)
     monkeypatch.setattr(cpu, "get_attention_context", lambda name: context)
 
-    output = CpuSparseAttention(plan)(attn, query.flatten(1), positions).view_as(query)
+    output = CpuSparseAttention(plan.selected_per_request)(
+        attn, query.flatten(1), positions
+    ).view_as(query)
 
     for row, (position, owner) in enumerate(zip(positions.tolist(), request.tolist(), strict=True)):
         low = 0 if sliding_window < 0 else max(0, position - sliding_window + 1)

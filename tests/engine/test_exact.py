@@ -76,12 +76,13 @@ def test_prompts_of_different_lengths_in_one_step_equal_the_reference(
     check(run, reference)
 
 
+@pytest.mark.parametrize("want_prompt_logprobs", [True, False])
 def test_prefill_mixed_with_running_decodes_equals_the_reference(
-    engine: Engine, reference: Reference, prompts: Prompts
+    engine: Engine, reference: Reference, prompts: Prompts, want_prompt_logprobs: bool
 ) -> None:
     """Break seen: decode rows left out of the selection."""
     jobs = [
-        Job(prompts.take(length), max_tokens=tokens, arrives=arrives)
+        Job(prompts.take(length), tokens, arrives, want_prompt_logprobs)
         for length, tokens, arrives in (
             (60, 12, 0),
             (200, 9, 2),
@@ -96,6 +97,29 @@ def test_prefill_mixed_with_running_decodes_equals_the_reference(
         for forward in run.forwards
     )
     check(run, reference)
+
+
+def test_in_the_last_layer_only_rows_that_are_read_are_computed(
+    engine: Engine, reference: Reference, prompts: Prompts
+) -> None:
+    rows: list[int] = []
+    mlp_in = engine.model.model.layers[-1].mlp.gate_up_proj
+    hook = mlp_in.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    try:
+        for jobs, expected in (
+            # A chunk; a prompt with its end beside a chunk; a decode beside the other end.
+            ([(150, False), (120, False)], [1, 2, 2]),
+            ([(150, False), (120, True)], [1, 100, 71]),
+        ):
+            rows.clear()
+            served = [
+                Job(prompts.take(length), max_tokens=2, want_prompt_logprobs=wanted)
+                for length, wanted in jobs
+            ]
+            check(engine.run(served, budget=lambda step: 100), reference)
+            assert rows[:3] == expected
+    finally:
+        hook.remove()
 
 
 @pytest.mark.parametrize("budget", [1, 31, 100, 128, 130])
@@ -230,6 +254,7 @@ def test_any_prompts_and_any_schedule_equal_the_reference(
                 text_tokens[start : start + length],
                 max_tokens=data.draw(st.integers(1, 3), label="max_tokens"),
                 arrives=data.draw(st.integers(0, 4), label="arrives"),
+                want_prompt_logprobs=data.draw(st.booleans(), label="prompt log-probabilities"),
             )
         )
     # A tiny chunk now and then; many of them would only take long.
