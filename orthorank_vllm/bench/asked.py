@@ -7,6 +7,7 @@ from pathlib import Path
 from orthorank_vllm.arguments import parse_count, parse_option
 from orthorank_vllm.bench.pairs import LEAST_PAIRS
 from orthorank_vllm.calibrate.text import BUILT_IN, Text, built_in_text, read_text
+from orthorank_vllm.engine.cli import add_flags
 from orthorank_vllm.options import OPTION_NAMES, OptionError, flag_of, parse_ratio
 from orthorank_vllm.outputs import check_writable
 
@@ -17,7 +18,12 @@ RIVALS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own options; all others are vLLM's and go to every server."""
+    """The command's own options, and OrthoRank's flags of `vllm serve`."""
+    _add_own(parser)
+    add_flags(parser)
+
+
+def _add_own(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("benchmark")
     group.add_argument("--ratios", default="0.3", help="One after another (default: %(default)s).")
     group.add_argument(
@@ -122,7 +128,7 @@ def split_flags(argv: list[str], model: str) -> tuple[list[str], list[str]]:
         the flags for every server, and those that only OrthoRank's understands.
     """
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_arguments(own)
+    _add_own(own)
     _, others = own.parse_known_args(argv)
     others.remove(model)
     rule = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
