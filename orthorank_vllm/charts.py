@@ -27,8 +27,8 @@ def figure_of(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def svg_of(figure: Any) -> str:
-    """The element alone, to stand in a page."""
+def svg_of(figure: Any, background: str = "none") -> str:
+    """The element alone, to stand in a page or, with a background, by itself."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(buffer, format="svg", facecolor=background, metadata={"Date": None})
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]

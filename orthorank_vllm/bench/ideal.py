@@ -57,16 +57,21 @@ class Shapes:
         selective: int = 0,
         keep: float = DEFAULT_KEEP,
         window: int = DEFAULT_WINDOW,
+        is_read_whole: bool = False,
     ) -> float:
         """Floating-point operations of one prompt; norms and the like are left out.
 
         Args:
-            selective: how many layers are.
+            selective: how many layers are; with any, the last layer (taken to be a
+                dense one) computes only what is read.
+            is_read_whole: see `plan.Batch`.
         """
-        updated = _updated(tokens, keep, window) if selective else tokens
-        dense = self.layers - selective
         head = 2.0 * self.hidden * self.vocabulary
-        return dense * self._layer(tokens, tokens) + selective * self._layer(tokens, updated) + head
+        if not selective:
+            return self.layers * self._layer(tokens, tokens) + head
+        last = self._layer(tokens, tokens if is_read_whole else 1)
+        dense = (self.layers - selective - 1) * self._layer(tokens, tokens)
+        return dense + selective * self._layer(tokens, _updated(tokens, keep, window)) + last + head
 
     def _layer(self, tokens: int, updated: int) -> float:
         head_rows = self.heads * self.head_size

@@ -11,8 +11,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-# With fewer, no two of the values enclose their median with 95 %.
-LEAST_PAIRS = 6
+# With fewer than six ratios no two of them enclose their median with 95 %, and a server meets
+# itself once less than it meets another.
+LEAST_PAIRS = 7
 CONFIDENCE = 0.95
 
 Round = dict[str, float]

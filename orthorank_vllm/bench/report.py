@@ -171,25 +171,45 @@ def plot(results: Results) -> str | None:
             for comparison in results.comparisons
             for row in results.rows(comparison)
         ]
-        figure, axes = figure_of(7.2, 1.2 + 0.55 * len(rows))
+        figure, axes = figure_of(7.6, 1.4 + 0.55 * len(rows))
     except ImportError:
         return None
     for place, (_, row, comparison) in enumerate(rows):
+        # A label once: the legend has a line for each.
+        labels = ["pairs", "median with its 95 %", "ideal", "noise"] if place == 0 else [None] * 4
         rounds = comparison.rounds[comparison.workloads.index(row.workload)]
-        if math.isfinite(row.noise):
-            axes.barh(place, row.noise - 1 / row.noise, 0.8, 1 / row.noise, color="#e3e3e3")
         found = ratios(rounds, row.rival, OURS)
-        axes.plot(found, [place] * len(found), "o", color=COLOURS[5], markersize=4, alpha=0.7)
-        axes.plot([row.spread.low, row.spread.high], [place] * 2, color=COLOURS[0], linewidth=2)
-        axes.plot(row.spread.median, place, "o", color=COLOURS[0], markersize=8)
+        axes.plot(found, [place] * len(found), "o", color=COLOURS[5], markersize=4, label=labels[0])
+        axes.errorbar(
+            row.spread.median,
+            place,
+            xerr=[[row.spread.median - row.spread.low], [row.spread.high - row.spread.median]],
+            fmt="o",
+            color=COLOURS[0],
+            markersize=8,
+            linewidth=2,
+            label=labels[1],
+        )
         if row.ideal is not None:
-            axes.plot(row.ideal, place, "|", color=COLOURS[1], markersize=18, markeredgewidth=2)
+            axes.plot(
+                row.ideal,
+                place,
+                "|",
+                color=COLOURS[1],
+                markersize=18,
+                markeredgewidth=2,
+                label=labels[2],
+            )
+        if math.isfinite(row.noise):
+            width = row.noise - 1 / row.noise
+            axes.barh(place, width, 0.8, 1 / row.noise, color="#e3e3e3", label=labels[3])
     axes.axvline(1, color="#666666", linestyle="--", linewidth=1)
     axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("times as fast: pairs, median with its 95 % interval, | ideal, grey: noise")
-    return svg_of(figure)
+    axes.set_xlabel("times as fast")
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.4, 1), ncols=4)
+    return svg_of(figure, background="white")
 
 
 def _line(row: Row) -> str:

@@ -26,7 +26,7 @@ def test_vllms_flags_go_to_every_server_and_orthoranks_to_its_own() -> None:
         (["--lengths", "9000"], "--lengths 9000: with what is generated a request has 9016"),
         (["--concurrency", "0"], "--concurrency 0: not allowed, give a whole number from 1"),
         (["--against", "magic"], "--against magic: magic is not known; give some of stock, prune"),
-        (["--pairs", "5"], "--pairs 5: not allowed, give a whole number from 6"),
+        (["--pairs", "6"], "--pairs 6: not allowed, give a whole number from 7"),
         (["--orthorank-ratio", "0.3"], "--orthorank-ratio: not here, each server has its own"),
         (["--data", "/none"], "--data /none: it cannot be read"),
         (["-o", "/proc/none"], "-o /proc/none/results.json: it cannot be written"),

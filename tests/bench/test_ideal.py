@@ -35,7 +35,8 @@ def test_a_dense_prompt_costs_what_torch_counts() -> None:
 
 def test_a_selective_layer_costs_k_and_v_for_all_and_the_rest_for_the_updated_ones() -> None:
     shapes = Shapes.of(CONFIG)
-    dense, sparse = shapes.prefill(TOKENS), shapes.prefill(TOKENS, selective=2, window=0)
+    dense = shapes.prefill(TOKENS)
+    sparse = shapes.prefill(TOKENS, selective=2, window=0, is_read_whole=True)
     # ceil(40 / 3) = 14, and the last token.
     updated = 15
     key_value = 2 * 64 * 2 * 2 * 24
@@ -44,6 +45,9 @@ def test_a_selective_layer_costs_k_and_v_for_all_and_the_rest_for_the_updated_on
     rest_per_token = per_layer / TOKENS - key_value
     expected = 3 * per_layer + 2 * (TOKENS * key_value + updated * rest_per_token) + head
     assert sparse == pytest.approx(expected)
+    # Of the last layer only one row is read.
+    unread = (TOKENS - 1) * rest_per_token
+    assert shapes.prefill(TOKENS, selective=2, window=0) == pytest.approx(sparse - unread)
 
 
 def test_the_shipped_models_linear_layers_gain_what_their_shapes_allow() -> None:
@@ -53,7 +57,7 @@ def test_the_shipped_models_linear_layers_gain_what_their_shapes_allow() -> None
     tokens = 128 * 300
     dense = smollm2.prefill(tokens)
     attention = 30 * 4.0 * 576 * (tokens + 1) / 2 * tokens
-    saved = dense - smollm2.prefill(tokens, selective=14)
+    saved = dense - smollm2.prefill(tokens, selective=14, is_read_whole=True)
     saved_attention = attention * 14 / 30 * (1 - 43 / 128)
     gain = (dense - attention) / (dense - attention - (saved - saved_attention))
     assert gain == pytest.approx(1 / (1 - 0.311 * 0.938), rel=5e-3)

@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 
 from orthorank_vllm.bench.pairs import (
-    LEAST_PAIRS,
     Round,
     Spread,
     measure_rounds,
@@ -49,7 +48,7 @@ def test_the_interval_leaves_out_what_the_table_of_the_sign_test_says(
 
 
 def test_too_few_pairs_are_no_evidence() -> None:
-    spread = Spread.of([2.0] * (LEAST_PAIRS - 1))
+    spread = Spread.of([2.0] * 5)
     assert math.isnan(spread.low)
     assert spread.verdict(noise=1.0) == "within noise"
 
