@@ -1,5 +1,6 @@
 """What `pip install orthorank-vllm` installs, and what it must not."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,6 +15,8 @@ from tests.conftest import ROOT
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     folder = tmp_path_factory.mktemp("wheel")
+    # What an earlier build left there would get into the wheel, modules that are gone too.
+    shutil.rmtree(ROOT / "build", ignore_errors=True)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
     subprocess.run([*command, "-w", folder, ROOT], check=True)
     return zipfile.ZipFile(next(folder.glob("*.whl")))

@@ -99,6 +99,28 @@ def test_prefill_mixed_with_running_decodes_equals_the_reference(
     check(run, reference)
 
 
+def test_a_step_without_prompt_tokens_takes_the_stock_path(
+    engine: Engine, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orthorank, sparse = engine.model.orthorank, []
+    forward = orthorank.forward
+
+    def counted(*args: Any) -> torch.Tensor:
+        sparse.append(args)
+        return forward(*args)
+
+    monkeypatch.setattr(orthorank, "forward", counted)
+    # The second prompt comes while the first request decodes.
+    run = engine.run([Job(prompts.take(100), 6), Job(prompts.take(60), 4, arrives=3)])
+    with_prompt_tokens = [
+        forward
+        for forward in run.forwards
+        if any(part.num_computed < len(run.jobs[part.request_id].prompt) for part in forward)
+    ]
+    assert len(sparse) == len(with_prompt_tokens) == 2
+    assert len(run.forwards) > 4
+
+
 def test_in_the_last_layer_only_rows_that_are_read_are_computed(
     engine: Engine, reference: Reference, prompts: Prompts
 ) -> None:
