@@ -1,8 +1,8 @@
 """What the user may ask for, by flag or by key, and the one line that answers what he may not."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 DEFAULT_KEEP = 1 / 3
@@ -160,10 +160,11 @@ def _parse_number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
-        number = float(value)
-    except ValueError:
+        # "1/3" as well as 0.25: the default is a fraction.
+        number = float(Fraction(value))
+    except (ValueError, OverflowError, ZeroDivisionError):
         return None
-    return number if math.isfinite(number) else None
+    return number
 
 
 def _parse_integer(value: object) -> int | None:

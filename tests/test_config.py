@@ -47,6 +47,7 @@ def resolved(model: dict[str, Any] = SMOLLM2, **given: Any) -> OrthoRankConfig:
         ({"ratio": 0.7}, "--orthorank-ratio 0.7: not allowed, with --orthorank-keep 0.3333"),
         ({"ratio": 0.3, "keep": 0}, "--orthorank-keep 0"),
         ({"ratio": 0.3, "keep": 1}, "--orthorank-keep 1"),
+        ({"ratio": 0.3, "keep": "1/0"}, "--orthorank-keep 1/0: not allowed, give a number"),
         ({"ratio": 0.3, "window": -1}, "--orthorank-window -1"),
         ({"ratio": 0.3, "window": 1.5}, "--orthorank-window 1.5"),
         ({"layers": "3,x"}, "--orthorank-layers 3,x"),
@@ -66,6 +67,11 @@ def test_a_wrong_option_is_named_in_one_line(given: Any, named: str) -> None:
         Options.from_mapping(given)
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_fraction_may_be_written_as_one() -> None:
+    options = Options.from_mapping({"ratio": "3/10", "keep": "1/5"})
+    assert (options.ratio, options.keep) == (0.3, 0.2)
 
 
 @pytest.mark.parametrize(
