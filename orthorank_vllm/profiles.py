@@ -13,7 +13,7 @@ from typing import Any
 
 from orthorank_vllm.outputs import write_whole
 
-FORMAT = 2
+FORMAT = 3
 SHAPE_KEYS = (
     "hidden_size",
     "intermediate_size",

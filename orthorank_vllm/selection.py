@@ -34,21 +34,21 @@ class Competition:
         return cls(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
 
 
-def score(normed: torch.Tensor, sinks: torch.Tensor, competition: Competition) -> torch.Tensor:
+def score(stream: torch.Tensor, sinks: torch.Tensor, competition: Competition) -> torch.Tensor:
     """`|cos|` between each candidate and its request's sink; lower is more important.
 
     Args:
-        normed: [tokens, hidden] normalised states, learned weight included.
+        stream: [tokens, hidden] residual stream that enters the layer.
         sinks: [R, hidden] the same for each request's position 0.
 
     Returns:
         [C] float32.
     """
-    normed, sinks = normed.float(), sinks.float()
+    stream, sinks = stream.float(), sinks.float()
     # Against every sink: cheaper than a copy of each token's own, for all but
     # hundreds of prompts in one forward.
-    products = normed @ torch.nn.functional.normalize(sinks, dim=-1).T
-    lengths = torch.linalg.vector_norm(normed, dim=-1)
+    products = stream @ torch.nn.functional.normalize(sinks, dim=-1).T
+    lengths = torch.linalg.vector_norm(stream, dim=-1)
     candidates = competition.candidates
     cosine = products[candidates, competition.request] / lengths[candidates]
     return cosine.abs()

@@ -8,7 +8,7 @@ METHODS = {
     "orthorank": "the selection rule",
     "prune": "the layer is left out",
     "random": "as many tokens in each window, drawn at random",
-    "stream": "scored on the residual stream instead of the normalised one",
+    "normed": "scored on the layer's normalised input, learned weight included",
     "aligned": "the tokens most aligned with the sink instead of the least",
     "forget": "tokens that are not selected leave no K and V, the sink apart",
 }
@@ -32,8 +32,8 @@ class Treatment:
         return self.method == "random"
 
     @property
-    def scores_stream(self) -> bool:
-        return self.method == "stream"
+    def scores_normed(self) -> bool:
+        return self.method == "normed"
 
     @property
     def prefers_aligned(self) -> bool:

@@ -1,7 +1,7 @@
 """OrthoRank prefill, written out plainly: what the vLLM plugin is compared against.
 
 In a selective layer only some of the prompt's tokens are updated. Per window of positions these are
-the ones whose normalised hidden state is the most orthogonal to that of the request's first token,
+the ones whose residual stream is the most orthogonal to that of the request's first token,
 the attention sink. All tokens, updated or not, leave K and V behind. (OrthoRank: Shin, Oh, Oh, ICML
 2025, arXiv 2507.03865.)
 
@@ -99,7 +99,7 @@ class Reference:
 
     @torch.no_grad()
     def sink(self, token: int) -> dict[int, torch.Tensor]:
-        """Per selective layer the sink's n_0 [hidden]; it depends on nothing but the token's id.
+        """Per selective layer the sink's h_0 [hidden]; it depends on nothing but the token's id.
 
         Position 0 sees only itself. Selective layers pass it through, as in any longer prompt.
         """
@@ -109,7 +109,7 @@ class Reference:
         for index, layer in enumerate(self.layers):
             normed = layer.input_layernorm(hidden)
             if index in self.rule.layers:
-                sinks[index] = normed[0]
+                sinks[index] = hidden[0].clone()
             else:
                 keys, values = self.keys_values(layer, normed, position)
                 hidden = self.update(layer, hidden, normed, position, keys, values)
@@ -173,7 +173,7 @@ class Request:
 
             updated = list(range(start, end))
             if index in self.reference.rule.layers:
-                updated = self._select(index, normed, start, end)
+                updated = self._select(index, hidden, start, end)
                 self.selected[index, start] = updated
             of_prompt = sum(position < self.prompt_len for position in updated)
             self.updates += of_prompt
@@ -210,7 +210,7 @@ class Request:
         self._cache = [(keys[:, :cached], values[:, :cached]) for keys, values in self._cache]
         self.computed = cached
 
-    def _select(self, index: int, normed: torch.Tensor, start: int, end: int) -> list[int]:
+    def _select(self, index: int, hidden: torch.Tensor, start: int, end: int) -> list[int]:
         """The positions of [start, end) that selective layer `index` updates, ascending."""
         rule = self.reference.rule
         last = self.prompt_len - 1
@@ -224,8 +224,8 @@ class Request:
 
         if start > 0 and not self._sinks:
             self._sinks = self.reference.sink(self.tokens[0])
-        sink = normed[0] if start == 0 else self._sinks[index]
-        cosines = F.cosine_similarity(normed, sink[None], dim=-1).abs().tolist()
+        sink = hidden[0] if start == 0 else self._sinks[index]
+        cosines = F.cosine_similarity(hidden, sink[None], dim=-1).abs().tolist()
         for part in parts.values():
             count = math.ceil(rule.keep * len(part) - 1e-9)
             # Position 0 counts in the part's size but is no candidate.

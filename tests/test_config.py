@@ -22,7 +22,7 @@ SMOLLM2 = {
 }
 UNKNOWN = {**SMOLLM2, "hidden_size": 640}
 PROFILE = {
-    "format": 2,
+    "format": 3,
     "name": "mine",
     "model": SMOLLM2,
     "method": "orthorank",
@@ -105,7 +105,7 @@ def test_more_layers_than_an_unmeasured_model_may_lose_is_an_error() -> None:
     ("content", "named"),
     [
         ("{", "it is not JSON"),
-        (json.dumps({**PROFILE, "format": 1}), "its format is 1 and this orthorank-vllm reads 2"),
+        (json.dumps({**PROFILE, "format": 1}), "its format is 1 and this orthorank-vllm reads 3"),
         (json.dumps({**PROFILE, "order": [1, 1]}), "has non-unique elements"),
         (
             json.dumps({**PROFILE, "model": UNKNOWN}),
@@ -142,7 +142,7 @@ def test_the_ratio_reached_is_what_is_reported() -> None:
 
 def test_the_shipped_profile_is_found_by_the_shape_of_the_model() -> None:
     config = resolved(ratio=0.1)
-    assert set(config.layers) == {5, 26, 4, 14, 7}
+    assert set(config.layers) == {5, 4, 6, 7, 3}
     assert config.source == "profile SmolLM2-135M-Instruct"
     assert config.measured
 

@@ -103,7 +103,7 @@ def test_a_damaged_file_in_the_cache_is_as_good_as_none(tmp_path: Path) -> None:
     config = smollm2(intermediate_size=1600)
     path = cached_path(tmp_path, config_hash(config), 1 / 3, 128)
     path.parent.mkdir()
-    path.write_text('{"format": 2, "name')
+    path.write_text('{"format": 3, "name')
     assert found(config, tmp_path) is None
 
 
@@ -151,7 +151,7 @@ def test_a_folder_is_not_a_profile(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 1}, "its format is 1 and this orthorank-vllm reads 2; measure it anew"),
+        ({"format": 1}, "its format is 1 and this orthorank-vllm reads 3; measure it anew"),
         ({"order": [4, 4]}, r"\['order'\].*has non-unique elements"),
         ({"order": "4"}, r"\['order'\].*is not of type 'array'"),
         ({"order": [30]}, "layer indices below 30"),

@@ -44,24 +44,24 @@ def competition_of(request: list[int]) -> Competition:
 
 def test_the_score_is_the_absolute_cosine() -> None:
     """Break seen: without the absolute value a token opposite to the sink wins."""
-    normed = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
-    scores = score(normed, torch.tensor([[5.0, 0.0]]), competition_of([0, 0, 0, 0]))
+    stream = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
+    scores = score(stream, torch.tensor([[5.0, 0.0]]), competition_of([0, 0, 0, 0]))
     torch.testing.assert_close(scores, torch.tensor([1.0, 1.0, 0.0, 0.5**0.5]))
 
 
 def test_every_token_is_scored_against_its_own_request() -> None:
     """Break seen: position 0 from the wrong request."""
-    normed = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    stream = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     sinks = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    assert score(normed, sinks, competition_of([0, 1, 1])).tolist() == [1.0, 0.0, 1.0]
+    assert score(stream, sinks, competition_of([0, 1, 1])).tolist() == [1.0, 0.0, 1.0]
 
 
 def test_the_score_is_computed_in_float32_whatever_the_model_runs_in() -> None:
-    normed = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    sinks = normed[:1]
-    scores = score(normed, sinks, competition_of([0] * 50))
+    stream = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    sinks = stream[:1]
+    scores = score(stream, sinks, competition_of([0] * 50))
     assert scores.dtype == torch.float32
-    wanted = torch.cosine_similarity(normed.double(), sinks.double()).abs().float()
+    wanted = torch.cosine_similarity(stream.double(), sinks.double()).abs().float()
     torch.testing.assert_close(scores, wanted, atol=1e-6, rtol=0)
 
 

@@ -103,7 +103,7 @@ def sparse_forward(
 def sink_states(
     model: Any, selective: dict[int, SelectiveLayer], tokens: torch.Tensor
 ) -> torch.Tensor:
-    """Position 0's normalised state in each selective layer, for some token ids.
+    """Position 0's residual stream entering each selective layer, for some token ids.
 
     Attention over a single key returns its value, so no KV cache is touched.
 
@@ -121,7 +121,7 @@ def sink_states(
         normed, stream = add_and_norm(layer.input_layernorm, stream, delta)
         delta = None
         if index in selective:
-            states.append(normed)
+            states.append(stream.clone())  # later layers add to it in place
             continue
         attn = layer.self_attn
         qkv, _ = attn.qkv_proj(normed)
@@ -198,8 +198,8 @@ def _selective_layer(
         [tokens, hidden] the residual stream, its selected rows updated.
     """
     normed, stream = add_and_norm(layer.input_layernorm, stream, delta)
-    sink_rows.index_copy_(0, step.fresh_slots, normed[step.fresh_rows])
-    rows = select(score(normed, sink_rows[step.sink_slots], step.competition), step.competition)
+    sink_rows.index_copy_(0, step.fresh_slots, stream[step.fresh_rows])
+    rows = select(score(stream, sink_rows[step.sink_slots], step.competition), step.competition)
     step.selected.append(rows)
     return _update(layer, step.attention, rows, split, positions, stream, normed)
 

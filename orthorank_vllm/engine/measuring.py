@@ -82,14 +82,14 @@ def score_texts(
 
 @torch.inference_mode()
 def cosines_to_sink(worker: Any, text: Sequence[int]) -> list[list[float]]:
-    """|cos| between each token's normalised state and the sink's, dense: [layers][positions]."""
+    """|cos| between each token's residual stream and the sink's, dense: [layers][positions]."""
     model = worker.get_model()
     forward = Forward(model, [text], Treatment())
     stream = forward.embed()
     rows = []
-    for index, layer in enumerate(model.model.layers):
-        normed = layer.input_layernorm(stream).float()
-        rows.append(torch.cosine_similarity(normed, normed[:1], dim=-1).abs().cpu().tolist())
+    for index in range(len(model.model.layers)):
+        states = stream.float()
+        rows.append(torch.cosine_similarity(states, states[:1], dim=-1).abs().cpu().tolist())
         stream = forward.through(stream, [index], frozenset())
     return rows
 

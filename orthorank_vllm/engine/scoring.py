@@ -108,7 +108,7 @@ class Forward:
         return query, key, value.contiguous()
 
     def _scores(self, stream: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-        states = stream if self._treatment.scores_stream else normed
+        states = normed if self._treatment.scores_normed else stream
         if self._treatment.is_random:
             return torch.rand(
                 len(self._competition.candidates), generator=self._random, device=stream.device

@@ -1,4 +1,4 @@
-"""The sink's normalised state in each selective layer, per token id.
+"""The sink's residual stream entering each selective layer, per token id.
 
 Position 0 attends only to itself, so its state depends on nothing but its token
 id; the table serves the requests whose position 0 a forward lacks (a later

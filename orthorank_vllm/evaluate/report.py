@@ -83,7 +83,7 @@ def render(results: Results, runs: Sequence[Run]) -> str:
         _figure(
             "cosines",
             plots.cosine_map(results.cosines, selective),
-            "|cos| between each token's normalised state and the first token's, in the dense "
+            "|cos| between each token's residual stream and the first token's, in the dense "
             "model, on the beginning of the text. Dark: orthogonal, still moving. Marked layers "
             "are selective at the largest ratio.",
         ),

@@ -157,7 +157,7 @@ def test_what_was_measured_is_not_measured_again(
         (["--data", "{short}"], "it is too short, 4 stretches of 512 tokens are needed"),
         (["-o", "/proc/none/profile.json"], "-o /proc/none/profile.json: it cannot be written"),
         (["-o", "{folder}"], "it cannot be written (it is a folder)"),
-        (["-o", "{old}"], "its format is 1 and this orthorank-vllm reads 2"),
+        (["-o", "{old}"], "its format is 1 and this orthorank-vllm reads 3"),
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2: not possible here"),
     ],
 )

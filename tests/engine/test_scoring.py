@@ -45,7 +45,7 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "random": (LAYERS, {"method": "random"}),
     "random, again": (LAYERS, {"method": "random"}),
     "random, another seed": (LAYERS, {"method": "random", "seed": 1}),
-    "stream": (LAYERS, {"method": "stream"}),
+    "normed": (LAYERS, {"method": "normed"}),
     "forget": (LAYERS, {"method": "forget"}),
     "all but the sink": (LAYERS, {"window": 1}),
     "all but the sink, forget": (LAYERS, {"method": "forget", "window": 1}),
@@ -57,9 +57,9 @@ FIRST_SCORED = (1, 30, 100, 1, 2)
 class MostAligned(Request):
     """The opposite rule: in each window the tokens nearest to the sink's direction."""
 
-    def _select(self, index: int, normed: torch.Tensor, start: int, end: int) -> list[int]:
-        lengths = normed.norm(dim=-1)
-        cosines = (normed @ normed[0] / (lengths * lengths[0])).abs()
+    def _select(self, index: int, hidden: torch.Tensor, start: int, end: int) -> list[int]:
+        lengths = hidden.norm(dim=-1)
+        cosines = (hidden @ hidden[0] / (lengths * lengths[0])).abs()
         selected = {end - 1}
         for first in range(0, end, 128):
             part = list(range(first, min(first + 128, end)))
@@ -152,7 +152,7 @@ def test_forgetting_changes_nothing_where_only_the_sink_is_not_selected(
     assert scored["forget"][0][0] != pytest.approx(scored["the rule"][0][0], abs=1)
 
 
-def test_scores_of_the_residual_stream_choose_other_tokens(
+def test_scores_of_the_normalised_states_choose_other_tokens(
     scored: dict[str, list[tuple[float, bool]]],
 ) -> None:
-    assert scored["stream"][0][0] != pytest.approx(scored["the rule"][0][0], abs=0.1)
+    assert scored["normed"][0][0] != pytest.approx(scored["the rule"][0][0], abs=0.1)
