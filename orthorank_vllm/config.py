@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from orthorank_vllm.options import OptionError, Options, rejected
-from orthorank_vllm.profiles import Profile, ProfileError, find_profile, read_profile
+from orthorank_vllm.profiles import Profile, ProfileError, find_profile, read_profile_of
 
 # Without a measured order, the first layers (which form the sink) and the last
 # ones (which form the prediction) stay dense.
@@ -153,11 +153,9 @@ def _profile_of(options: Options, model: Mapping[str, Any], cache_root: str) -> 
     if options.profile is None:
         return find_profile(model, options.keep, options.window, cache_root)
     try:
-        profile = read_profile(options.profile)
-        profile.check_fits(model)
+        return read_profile_of(model, options.profile)
     except ProfileError as error:
         raise rejected("profile", options.profile, str(error)) from None
-    return profile
 
 
 def _evenly_spaced(ratio: float, count: int, num_layers: int) -> tuple[int, ...]:

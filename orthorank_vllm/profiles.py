@@ -144,6 +144,19 @@ def read_profile(path: str | Path) -> Profile:
     return _from_json(content)
 
 
+def read_profile_of(model: Mapping[str, Any], path: str | Path) -> Profile:
+    """
+    Args:
+        model: see `model_identity`.
+
+    Raises:
+        ProfileError: as `read_profile`, or it is another model's.
+    """
+    profile = read_profile(path)
+    profile.check_fits(model)
+    return profile
+
+
 def cached_path(cache_root: str | Path, sha256: str, keep: float, window: int) -> Path:
     """Where the profile of a model is kept that was measured on this machine."""
     return Path(cache_root) / "orthorank" / f"{sha256[:32]}-keep{keep:.4f}-window{window}.json"

@@ -32,7 +32,7 @@ from orthorank_vllm.profiles import (
     ProfileError,
     find_profile,
     model_identity,
-    read_profile,
+    read_profile_of,
 )
 from orthorank_vllm.treatment import Treatment
 
@@ -154,11 +154,9 @@ def _profile(path: str | None, model: dict[str, Any], treatment: Treatment) -> P
 
     if path is not None:
         try:
-            profile = read_profile(path)
-            profile.check_fits(model)
+            return read_profile_of(model, path)
         except ProfileError as error:
             raise OptionError(f"--profile {path}: {error}") from None
-        return profile
     found = find_profile(model, treatment.keep, treatment.window, envs.VLLM_CACHE_ROOT)
     if found is None:
         raise OptionError(

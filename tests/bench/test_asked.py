@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from orthorank_vllm.bench.asked import split_flags
-from orthorank_vllm.cli import main
+from tests.commands import refusal
 
 
 def test_vllms_flags_go_to_every_server_and_orthoranks_to_its_own() -> None:
@@ -40,14 +40,9 @@ def test_a_mistake_is_told_in_one_line_before_any_server_starts(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    try:
-        status = main(["bench", small_model_path, "-o", str(tmp_path / "out"), *options])
-    except SystemExit as stopped:  # argparse's own
-        status = int(str(stopped.code))
-    assert status == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("orthorank bench: error: ")
-    assert message in line
+    assert message in refusal(
+        capsys, "bench", small_model_path, "-o", str(tmp_path / "out"), *options
+    )
 
 
 def test_a_text_that_is_too_short_shows_before_any_server_starts(
@@ -55,5 +50,5 @@ def test_a_text_that_is_too_short_shows_before_any_server_starts(
 ) -> None:
     text = tmp_path / "short.txt"
     text.write_text("a few words only")
-    assert main(["bench", small_model_path, "--data", str(text), "-o", str(tmp_path)]) == 2
-    assert "too few for this many different prompts of 512" in capsys.readouterr().err
+    line = refusal(capsys, "bench", small_model_path, "--data", str(text), "-o", str(tmp_path))
+    assert "too few for this many different prompts of 512" in line

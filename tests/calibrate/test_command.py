@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orthorank_vllm.cli import main
 from orthorank_vllm.profiles import Profile, read_profile
+from tests.commands import refusal
 from tests.reference import Reference, Rule
 
 OPTIONS = ["--dtype", "float32", "--tokens", "512", "--max-ratio", "0.4", "--window", "64"]
@@ -125,21 +126,14 @@ def test_a_stopped_calibration_goes_on_where_it_was(
     assert (found.order, found.losses, found.trials) == (whole.order, whole.losses, whole.trials)
 
 
-def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
-    status = main(["calibrate", *argv])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
 @pytest.mark.model
 def test_what_was_measured_is_not_measured_again(
     capsys: pytest.CaptureFixture[str], finished: Path, small_model_path: str, text_path: Path
 ) -> None:
     before = finished.read_bytes()
     options = [*OPTIONS, "--data", str(text_path), "-o", str(finished)]
-    status, out, _ = run(capsys, small_model_path, *options)
-    assert status == 0
-    assert "has these 4 layers already" in out
+    assert main(["calibrate", small_model_path, *options]) == 0
+    assert "has these 4 layers already" in capsys.readouterr().out
     assert finished.read_bytes() == before
 
 
@@ -175,11 +169,8 @@ def test_bad_input_is_named_in_one_line(
     names = {"{old}": str(old), "{short}": str(short), "{folder}": str(tmp_path)}
     output = [] if "-o" in options else ["-o", str(tmp_path / "new.json")]
     options = [names.get(option, option) for option in options]
-    status, _, err = run(capsys, small_model_path, "--dtype", "float32", *options, *output)
-    assert status == 2
-    assert err.startswith("orthorank calibrate: error: ")
-    assert message in err
-    assert err.count("\n") == 1
+    given = ["--dtype", "float32", *options, *output]
+    assert message in refusal(capsys, "calibrate", small_model_path, *given)
     assert old.read_text() == '{"format": 1}'
     assert {path.name for path in tmp_path.iterdir()} == {"old.json", "short.txt"}
 
@@ -187,10 +178,8 @@ def test_bad_input_is_named_in_one_line(
 def test_a_model_that_is_not_there_is_named_in_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    status, _, err = run(capsys, str(tmp_path / "none"), "-o", str(tmp_path / "new.json"))
-    assert status == 2
-    assert "vLLM cannot load it" in err
-    assert err.count("\n") == 1
+    given = [str(tmp_path / "none"), "-o", str(tmp_path / "new.json")]
+    assert "vLLM cannot load it" in refusal(capsys, "calibrate", *given)
 
 
 @pytest.mark.model

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from orthorank_vllm.calibrate.text import built_in_text
 from orthorank_vllm.cli import main
 from orthorank_vllm.profiles import Profile, model_identity
+from tests.commands import refusal
 from tests.reference import Reference, Rule
 
 pytestmark = pytest.mark.model
@@ -239,11 +240,7 @@ def test_bad_input_is_named_in_one_line(
         (folder / "peeked.json").write_text(json.dumps(content))
     given = [*options(folder), "-o", str(folder / "other")]
     given += [names.get(option, option) for option in change]
-    assert main(["evaluate", small_model_path, *given]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("orthorank evaluate: error: ")
-    assert message in err
-    assert err.count("\n") == 1
+    assert message in refusal(capsys, "evaluate", small_model_path, *given)
 
 
 def test_a_model_without_a_profile_is_sent_to_calibrate(
