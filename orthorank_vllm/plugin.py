@@ -19,13 +19,13 @@ SEAMS = (
     "vllm.engine.arg_utils:EngineArgs.create_engine_config",
     "vllm.transformers_utils.config:get_config",
     "vllm.model_executor.models:ModelRegistry.register_model",
+    "vllm.model_executor.models:ModelRegistry.models",
     "vllm.v1.executor.abstract:Executor.collective_rpc",
     "vllm.tokenizers:cached_tokenizer_from_config",
 )
 WORKER_SEAMS = (
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_model",
-    "vllm.model_executor.models.llama:LlamaForCausalLM",
     "vllm.model_executor.layers.attention.attention:get_attention_context",
     "vllm.model_executor.layers.attention.attention:unified_kv_cache_update",
     "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
@@ -178,7 +178,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     require_seams(WORKER_SEAMS)
     _hook_model_runner()
-    return getattr(importlib.import_module("orthorank_vllm.engine.models"), name)
+    from orthorank_vllm.engine.models import orthorank_class
+
+    # Kept: vLLM looks an architecture up more than once, and compares classes.
+    return globals().setdefault(name, orthorank_class(name))
 
 
 def _hook_model_runner() -> None:

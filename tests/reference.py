@@ -5,8 +5,8 @@ the ones whose residual stream is the most orthogonal to that of the request's f
 the attention sink. All tokens, updated or not, leave K and V behind. (OrthoRank: Shin, Oh, Oh, ICML
 2025, arXiv 2507.03865.)
 
-A float32 implementation on the modules of transformers' Llama, Mistral and Mixtral; it shares no
-code with `orthorank_vllm`. A request is computed by a sequence of forwards, each over positions
+A float32 implementation on the modules of transformers' Llama and the families like it; it shares
+no code with `orthorank_vllm`. A request is computed by a sequence of forwards, each over positions
 [start, end), so that chunked prefill, prefix-cache hits, preemption and decode can all be replayed.
 
 Shapes: T = tokens of a forward, Q = those updated, S = positions in the cache, H / G = query /
@@ -46,7 +46,11 @@ class Reference:
         self.head_size: int = self.layers[0].self_attn.head_dim
         self.rule = rule
         # In Mistral and some Mixtrals a query sees only this many positions, its own included.
-        self.sliding_window: int | None = getattr(model.config, "sliding_window", None)
+        self.sliding_window: int | None = getattr(model.config, "sliding_window", None) or None
+        # Granite's, after muP: of the embeddings, of what a layer adds, of the logits.
+        self.embedding_scale: float = getattr(model.config, "embedding_multiplier", 1.0)
+        self.residual_scale: float = getattr(model.config, "residual_multiplier", 1.0)
+        self.logits_scale: float = 1 / getattr(model.config, "logits_scaling", 1.0)
 
     def start(self, prompt: Sequence[int]) -> "Request":
         return Request(self, prompt)
@@ -55,14 +59,14 @@ class Reference:
         hidden: torch.Tensor = self.model.model.embed_tokens(
             torch.tensor(tokens, device=self.model.device)
         )
-        return hidden
+        return hidden * self.embedding_scale
 
     def keys_values(
         self, layer: Any, normed: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K, rotated, and V [G, T, D] of `normed` [T, hidden] at `positions` [T]."""
-        keys = self._heads(layer.self_attn.k_proj(normed))
-        values = self._heads(layer.self_attn.v_proj(normed))
+        keys = self._project(layer.self_attn, "k", normed)
+        values = self._project(layer.self_attn, "v", normed)
         return self._rotate(keys, positions), values
 
     def update(
@@ -80,7 +84,7 @@ class Reference:
         `keys`, `values` [G, S, D] are those of positions 0 to S - 1.
         """
         attention = layer.self_attn
-        queries = self._rotate(self._heads(attention.q_proj(normed)), positions)
+        queries = self._rotate(self._project(attention, "q", normed), positions)
         group = queries.shape[0] // keys.shape[0]
         keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
 
@@ -92,10 +96,16 @@ class Reference:
         weights = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
         attended = (weights @ values).transpose(0, 1).flatten(1)  # [Q, H * D]
 
-        hidden = hidden + attention.o_proj(attended)
+        hidden = hidden + self.residual_scale * attention.o_proj(attended)
+        feed_forward = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
         # Mixtral's MoE block insists on a batch dimension.
-        change: torch.Tensor = layer.mlp(layer.post_attention_layernorm(hidden)[None])[0]
-        return hidden + change
+        change: torch.Tensor = feed_forward(layer.post_attention_layernorm(hidden)[None])[0]
+        return hidden + self.residual_scale * change
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, vocabulary] of the residual stream after the last layer."""
+        logits: torch.Tensor = self.model.lm_head(self.model.model.norm(hidden))
+        return logits * self.logits_scale
 
     @torch.no_grad()
     def sink(self, token: int) -> dict[int, torch.Tensor]:
@@ -115,15 +125,26 @@ class Reference:
                 hidden = self.update(layer, hidden, normed, position, keys, values)
         return sinks
 
-    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
-        """[T, heads * D] -> [heads, T, D]"""
-        return projected.unflatten(-1, (-1, self.head_size)).transpose(0, 1)
+    def _project(self, attention: Any, kind: str, normed: torch.Tensor) -> torch.Tensor:
+        """Queries "q", keys "k" or values "v", [heads, T, D]."""
+        if hasattr(attention, "qkv_proj"):  # Phi-3 keeps all three in one
+            config = self.model.config
+            counts = [config.num_attention_heads, *[config.num_key_value_heads] * 2]
+            parts = attention.qkv_proj(normed).split([n * self.head_size for n in counts], dim=-1)
+            projected = parts["qkv".index(kind)]
+        else:
+            projected = getattr(attention, f"{kind}_proj")(normed)
+        heads = projected.unflatten(-1, (-1, self.head_size))
+        norm = getattr(attention, f"{kind}_norm", None)  # Qwen3, of each head
+        return (heads if norm is None else norm(heads)).transpose(0, 1)
 
     def _rotate(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         cos, sin = self.model.model.rotary_emb(heads, positions[None])
+        # Some of Phi-3's models rotate only the first part of each head.
+        turned, rest = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
         # It rotates a query and a key at once; here they are not of the same tokens.
-        rotated: torch.Tensor = apply_rotary_pos_emb(heads[None], heads[None], cos, sin)[0][0]
-        return rotated
+        turned = apply_rotary_pos_emb(turned[None], turned[None], cos, sin)[0][0]
+        return torch.cat([turned, rest], dim=-1)
 
 
 class Request:
@@ -184,9 +205,7 @@ class Request:
                     layer, hidden[rows], normed[rows], positions[rows], keys, values
                 )
         self.computed = end
-        model = self.reference.model
-        logits: torch.Tensor = model.lm_head(model.model.norm(hidden))
-        return logits.log_softmax(dim=-1)
+        return self.reference.logits(hidden).log_softmax(dim=-1)
 
     def fork(self, prompt: Sequence[int], cached: int) -> "Request":
         """A prefix-cache hit: a new request that takes this one's K and V for `cached` positions.

@@ -5,8 +5,25 @@ from typing import Any
 
 from orthorank_vllm.options import OptionError
 
-# vLLM's architecture name to ours.
-ORTHORANK_OF = {"LlamaForCausalLM": "OrthoRankLlamaForCausalLM"}
+# vLLM's names of architectures whose layers are made of the parts in `parts`.
+SUPPORTED = (
+    "LlamaForCausalLM",
+    "LLaMAForCausalLM",
+    "InternLM3ForCausalLM",
+    "IQuestCoderForCausalLM",
+    "TeleChat3ForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "GraniteForCausalLM",
+    "GraniteMoeForCausalLM",
+    "Phi3ForCausalLM",
+)
+# To our own names, under which vLLM loads them.
+ORTHORANK_OF = {architecture: f"OrthoRank{architecture}" for architecture in SUPPORTED}
 
 
 class SwapArchitecture:

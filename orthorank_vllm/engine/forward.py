@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from orthorank_vllm.attention import SparseAttention
-from orthorank_vllm.engine.kernels import add_and_norm, mlp, rotate, rotate_both
+from orthorank_vllm.engine.kernels import add_and_norm
+from orthorank_vllm.engine.parts import Decoder, DecoderLayer
 from orthorank_vllm.engine.projections import SplitWeight, project
 from orthorank_vllm.engine.sinks import SinkTable
 from orthorank_vllm.plan import Ints, Plan
@@ -59,7 +60,7 @@ class Step:
 
 
 def sparse_forward(
-    model: Any,
+    decoder: Decoder,
     selective: dict[int, SelectiveLayer],
     sinks: SinkTable,
     plan: Plan,
@@ -69,8 +70,6 @@ def sparse_forward(
     """Prefill with the selective layers in place.
 
     Args:
-        model: vLLM's `LlamaModel` or one with the same parts
-            (vllm/model_executor/models/llama.py).
         selective: by layer index.
         input_ids, positions: [tokens].
 
@@ -79,29 +78,28 @@ def sparse_forward(
         and the number of token updates skipped by selective layers, [] int64 on
         the device.
     """
-    step = _start_step(model, selective, sinks, plan, positions.device)
-    stream = model.embed_input_ids(input_ids)
+    step = _start_step(decoder, selective, sinks, plan, positions.device)
+    stream = decoder.embed(input_ids)
     # vLLM's layers hand on the residual stream in two summands, (delta, stream).
     delta: torch.Tensor | None = None
-    for index in range(model.start_layer, model.end_layer):
-        layer = model.layers[index]
+    for index, layer in enumerate(decoder.layers):
         if index in selective:
             kept = selective[index]
             sink_rows = sinks.rows[kept.sink_row]
             stream = _selective_layer(layer, step, sink_rows, kept.split, positions, stream, delta)
             delta = None
-        elif index == model.end_layer - 1 and plan.read is not None:
+        elif layer is decoder.layers[-1] and plan.read is not None:
             stream = _last_layer(layer, plan.read, plan.read_per_request, positions, stream, delta)
             delta = None
         else:
             delta, stream = _dense_layer(layer, positions, stream, delta)
-    hidden, _ = add_and_norm(model.norm, stream, delta)
+    hidden, _ = add_and_norm(decoder.norm, stream, delta)
     skipped = len(selective) * (plan.num_tokens - plan.num_selected) + step.duplicates
     return hidden, skipped
 
 
 def sink_states(
-    model: Any, selective: dict[int, SelectiveLayer], tokens: torch.Tensor
+    decoder: Decoder, selective: dict[int, SelectiveLayer], tokens: torch.Tensor
 ) -> torch.Tensor:
     """Position 0's residual stream entering each selective layer, for some token ids.
 
@@ -114,27 +112,26 @@ def sink_states(
         [selective layers, M, hidden].
     """
     states = []
-    stream = model.embed_input_ids(tokens)
+    stream = decoder.embed(tokens)
     delta: torch.Tensor | None = None
-    for index in range(model.start_layer, model.end_layer):
-        layer = model.layers[index]
-        normed, stream = add_and_norm(layer.input_layernorm, stream, delta)
+    for index, layer in enumerate(decoder.layers):
+        normed, stream = add_and_norm(layer.input_norm, stream, delta)
         delta = None
         if index in selective:
             states.append(stream.clone())  # later layers add to it in place
             continue
-        attn = layer.self_attn
+        attn = layer.attn
         qkv, _ = attn.qkv_proj(normed)
         value = qkv[:, -attn.kv_size :].unflatten(-1, (attn.num_kv_heads, attn.head_dim))
         per_head = value.repeat_interleave(attn.num_heads // attn.num_kv_heads, dim=1)
-        output, _ = attn.o_proj(per_head.flatten(1))
-        normed, stream = add_and_norm(layer.post_attention_layernorm, stream, output)
-        delta = mlp(layer.mlp, normed)
+        delta = layer.after_attention(per_head.flatten(1))
+        normed, stream = add_and_norm(layer.post_norm, stream, delta)
+        delta = layer.after_feed_forward(normed)
     return torch.stack(states)
 
 
 def _start_step(
-    model: Any,
+    decoder: Decoder,
     selective: dict[int, SelectiveLayer],
     sinks: SinkTable,
     plan: Plan,
@@ -154,7 +151,7 @@ def _start_step(
         sinks.rows.index_copy_(
             1,
             on_device([slot_of_token[token] for token in missing]),
-            sink_states(model, selective, on_device(missing)),
+            sink_states(decoder, selective, on_device(missing)),
         )
     return Step(
         competition=Competition.of(plan, device),
@@ -167,21 +164,21 @@ def _start_step(
 
 
 def _dense_layer(
-    layer: Any, positions: torch.Tensor, stream: torch.Tensor, delta: torch.Tensor | None
+    layer: DecoderLayer, positions: torch.Tensor, stream: torch.Tensor, delta: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the layer's own forward does (llama.py), by the fast kernels."""
-    normed, stream = add_and_norm(layer.input_layernorm, stream, delta)
-    attn = layer.self_attn
+    normed, stream = add_and_norm(layer.input_norm, stream, delta)
+    attn = layer.attn
     qkv, _ = attn.qkv_proj(normed)
     query, key, value = qkv.split([attn.q_size, attn.kv_size, attn.kv_size], dim=-1)
-    query, key = rotate_both(attn.rotary_emb, positions, query, key)
-    output, _ = attn.o_proj(SparseAttention.of_all(attn.attn, query, key, value))
-    normed, stream = add_and_norm(layer.post_attention_layernorm, stream, output)
-    return mlp(layer.mlp, normed), stream
+    query, key = layer.queries_and_keys(positions, query, key)
+    delta = layer.after_attention(SparseAttention.of_all(attn.attn, query, key, value))
+    normed, stream = add_and_norm(layer.post_norm, stream, delta)
+    return layer.after_feed_forward(normed), stream
 
 
 def _selective_layer(
-    layer: Any,
+    layer: DecoderLayer,
     step: Step,
     sink_rows: torch.Tensor,
     split: SplitWeight | None,
@@ -197,7 +194,7 @@ def _selective_layer(
     Returns:
         [tokens, hidden] the residual stream, its selected rows updated.
     """
-    normed, stream = add_and_norm(layer.input_layernorm, stream, delta)
+    normed, stream = add_and_norm(layer.input_norm, stream, delta)
     sink_rows.index_copy_(0, step.fresh_slots, stream[step.fresh_rows])
     rows = select(score(stream, sink_rows[step.sink_slots], step.competition), step.competition)
     step.selected.append(rows)
@@ -205,7 +202,7 @@ def _selective_layer(
 
 
 def _last_layer(
-    layer: Any,
+    layer: DecoderLayer,
     read: Ints,
     read_per_request: Ints,
     positions: torch.Tensor,
@@ -217,13 +214,13 @@ def _last_layer(
     Returns:
         [tokens, hidden] the residual stream, right in the rows `read`.
     """
-    normed, stream = add_and_norm(layer.input_layernorm, stream, delta)
+    normed, stream = add_and_norm(layer.input_norm, stream, delta)
     rows = torch.from_numpy(read).to(stream.device, non_blocking=True)
     return _update(layer, SparseAttention(read_per_request), rows, None, positions, stream, normed)
 
 
 def _update(
-    layer: Any,
+    layer: DecoderLayer,
     attention: SparseAttention,
     rows: torch.Tensor,
     split: SplitWeight | None,
@@ -241,14 +238,13 @@ def _update(
     Returns:
         [tokens, hidden] the residual stream, these rows updated.
     """
-    attn = layer.self_attn
+    attn = layer.attn
     key, value, query_of = project(attn, split, normed)
-    key = rotate(attn.rotary_emb, positions, key)
-    attention.write_kv(attn.attn, key, value)
+    attention.write_kv(attn.attn, layer.keys(positions, key), value)
     if not len(rows):
         return stream
     positions = positions[rows]
-    query = rotate(attn.rotary_emb, positions, query_of(rows))
-    output, _ = attn.o_proj(attention(attn.attn, query, positions))
-    normed, updated = add_and_norm(layer.post_attention_layernorm, stream[rows], output)
-    return stream.index_copy_(0, rows, updated.add_(mlp(layer.mlp, normed)))
+    query = layer.queries(positions, query_of(rows))
+    delta = layer.after_attention(attention(attn.attn, query, positions))
+    normed, updated = add_and_norm(layer.post_norm, stream[rows], delta)
+    return stream.index_copy_(0, rows, updated.add_(layer.after_feed_forward(normed)))

@@ -12,7 +12,10 @@ from torch.nn.functional import silu
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.models.llama import LlamaMLP
+
+# `silu(gate) * up` and nothing else (vllm/model_executor/models/{llama,qwen2,granite}.py). By
+# name: to compare with the classes, all of those modules would have to be imported.
+SILU_MLPS = ("LlamaMLP", "Qwen2MLP", "GraniteMLP")
 
 
 def add_and_norm(
@@ -34,35 +37,45 @@ def add_and_norm(
     return delta, stream
 
 
-def rotate(rotary: Any, positions: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of queries or keys, in place where the platform has a kernel.
+def norm_heads(norm: Any, heads: torch.Tensor, head_size: int) -> torch.Tensor:
+    """`norm` of each head.
+
+    Args:
+        heads: [tokens, heads x head size].
+    """
+    normed, _ = add_and_norm(norm, heads.reshape(-1, head_size), None)
+    return normed.view(heads.shape)
+
+
+def rotate(
+    rotary: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None
+) -> tuple[torch.Tensor, Any]:
+    """Rotary embedding, in place where the platform has a kernel.
 
     Args:
         positions: [tokens].
-        heads: [tokens, heads x head size].
+        query, key: [tokens, heads x head size]; either kind may stand first, alone.
     """
-    return rotate_both(rotary, positions, heads, None)[0]
-
-
-def rotate_both(
-    rotary: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None
-) -> tuple[torch.Tensor, Any]:
-    """The same for queries and keys of the same tokens, at once."""
-    kernel = rotary.forward_cpu if query.device.type == "cpu" else rotary.forward_cuda
+    kernel = rotary
+    if hasattr(rotary, "forward_cpu"):
+        kernel = rotary.forward_cpu if query.device.type == "cpu" else rotary.forward_cuda
+    elif key is None:
+        # Phi-3's long one is no custom operator, and insists on a key.
+        key = query[:, : rotary.head_size]
     rotated: tuple[torch.Tensor, Any] = kernel(positions, query, key)
     return rotated
 
 
 def mlp(module: Any, normed: torch.Tensor) -> torch.Tensor:
-    """The layer's MLP. On CPU its activation is a compiled function of its own, and
-    entering that costs more than the activation itself.
+    """The layer's MLP, or whatever stands in its place. On CPU its activation is a
+    compiled function of its own, and entering that costs more than the activation itself.
 
     Args:
         normed: [tokens, hidden].
     """
     if not (
         normed.device.type == "cpu"
-        and type(module) is LlamaMLP
+        and type(module).__name__ in SILU_MLPS
         and isinstance(module.down_proj.quant_method, UnquantizedLinearMethod)
     ):
         output: torch.Tensor = module(normed)

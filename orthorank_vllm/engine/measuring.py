@@ -5,14 +5,29 @@ counts is the first one's. All ranks follow the same calls, so their shards of
 one forward meet.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
+from vllm.forward_context import set_forward_context
 
 from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.engine.scoring import Forward, TextScore
 from orthorank_vllm.treatment import Treatment
+
+_Answer = TypeVar("_Answer")
+
+
+def _in_forward_context(function: Callable[..., _Answer]) -> Callable[..., _Answer]:
+    """As vLLM runs a model: experts are looked up in the context by their layer's name."""
+
+    @functools.wraps(function)
+    def in_context(worker: Any, *args: Any) -> _Answer:
+        with torch.inference_mode(), set_forward_context(None, worker.vllm_config):
+            return function(worker, *args)
+
+    return in_context
 
 
 class _Step:
@@ -45,27 +60,27 @@ class _Step:
         return -sum(score.log_prob for score in scores) / float((lengths - 1).sum())
 
 
-@torch.inference_mode()
+@_in_forward_context
 def use_texts(worker: Any, texts: Sequence[Sequence[int]], treatment: Treatment) -> None:
     """Take these texts, token ids, and this treatment for the steps to come."""
     worker.orthorank_forward = Forward(worker.get_model(), texts, treatment)
 
 
-@torch.inference_mode()
+@_in_forward_context
 def start_step(worker: Any, chosen: Sequence[int]) -> None:
     """Start over from the embeddings, with some layers chosen already."""
     model = worker.get_model().model
     worker.orthorank_step = _Step(worker.orthorank_forward, chosen, len(model.layers))
 
 
-@torch.inference_mode()
+@_in_forward_context
 def loss_with(worker: Any, layer: int | None) -> float | None:
     """See `_Step.loss_with`."""
     loss: float | None = worker.orthorank_step.loss_with(layer)
     return loss
 
 
-@torch.inference_mode()
+@_in_forward_context
 def score_texts(
     worker: Any,
     texts: Sequence[Sequence[int]],
@@ -80,7 +95,7 @@ def score_texts(
     return forward.log_probs(stream, first_scored)
 
 
-@torch.inference_mode()
+@_in_forward_context
 def cosines_to_sink(worker: Any, text: Sequence[int]) -> list[list[float]]:
     """|cos| between each token's residual stream and the sink's, dense: [layers][positions]."""
     model = worker.get_model()

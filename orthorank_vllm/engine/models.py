@@ -9,19 +9,22 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models import ModelRegistry
 from vllm.sequence import IntermediateTensors
 
+from orthorank_vllm.engine.architectures import ORTHORANK_OF
 from orthorank_vllm.engine.runtime import OrthoRank
 from orthorank_vllm.plan import Plan
 
 
-class OrthoRankLlamaForCausalLM(LlamaForCausalLM):
-    """Without a plan stock vLLM, compiled; with one the sparse forward."""
+class OrthoRankForCausalLM:
+    """Put before a stock class: without a plan that one's forward, with one the sparse one."""
+
+    model: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
-        self.orthorank = OrthoRank(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
+        self.orthorank = OrthoRank(vllm_config, self.model)
 
     def forward(
         self,
@@ -32,11 +35,27 @@ class OrthoRankLlamaForCausalLM(LlamaForCausalLM):
         orthorank_plan: Plan | None = None,
     ) -> torch.Tensor | IntermediateTensors:
         if orthorank_plan is None:
-            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+            stock: Any = super()
+            states: torch.Tensor | IntermediateTensors = stock.forward(
+                input_ids, positions, intermediate_tensors, inputs_embeds
+            )
+            return states
         assert input_ids is not None
-        return self.orthorank.forward(self.model, orthorank_plan, input_ids, positions)
+        return self.orthorank.forward(orthorank_plan, input_ids, positions)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        loaded: set[str] = super().load_weights(weights)
-        self.orthorank.weights_changed(self.model)
+        stock: Any = super()
+        loaded: set[str] = stock.load_weights(weights)
+        self.orthorank.weights_changed()
         return loaded
+
+
+def orthorank_class(name: str) -> type:
+    """The OrthoRank version of an architecture, made of vLLM's own class of it.
+
+    Args:
+        name: one of `ORTHORANK_OF`'s values.
+    """
+    architecture = next(stock for stock, ours in ORTHORANK_OF.items() if ours == name)
+    stock_class = ModelRegistry.models[architecture].load_model_cls()
+    return type(name, (OrthoRankForCausalLM, stock_class), {"__module__": __name__})

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from torch import nn
 from vllm.logger import init_logger
 
 from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.engine.forward import SelectiveLayer, sparse_forward
+from orthorank_vllm.engine.parts import Decoder
 from orthorank_vllm.engine.projections import FusedWeight, SplitWeight
 from orthorank_vllm.engine.refusals import check_supported
 from orthorank_vllm.engine.sinks import SinkTable
@@ -25,8 +25,11 @@ SPARE_SINK_SLOTS = 64
 class OrthoRank:
     """The resolved configuration, the sink table and the counts of one worker."""
 
-    def __init__(self, vllm_config: Any) -> None:
+    def __init__(self, vllm_config: Any, model: Any) -> None:
         """
+        Args:
+            model: see `Decoder`.
+
         Raises:
             OptionError: the engine was configured without OrthoRank's checks,
                 or for something that it cannot do.
@@ -39,6 +42,7 @@ class OrthoRank:
                 "architecture to the plugin"
             )
         check_supported(vllm_config)
+        self._decoder = Decoder(model)
         model_config = vllm_config.model_config
         self._sink_capacity = vllm_config.scheduler_config.max_num_seqs + SPARE_SINK_SLOTS
         self._hidden_size = model_config.get_hidden_size()
@@ -85,12 +89,10 @@ class OrthoRank:
             raise RuntimeError("OrthoRank was to choose its layers at start-up and has not")
         return make_plan(batch, self.config.keep, self.config.window)
 
-    def forward(
-        self, model: nn.Module, plan: Plan, input_ids: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, plan: Plan, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """See `sparse_forward`."""
         hidden, self._skipped = sparse_forward(
-            model, self._selective, self._sinks, plan, input_ids, positions
+            self._decoder, self._selective, self._sinks, plan, input_ids, positions
         )
         return hidden
 
@@ -108,11 +110,11 @@ class OrthoRank:
         updates = prompt_tokens * self.config.num_layers - skipped
         self._metrics.count(prompt_tokens, updates, skipped)
 
-    def weights_changed(self, model: nn.Module) -> None:
-        """To be called when `model` has loaded its weights, before vLLM packs them."""
-        layers: Any = model.layers
+    def weights_changed(self) -> None:
+        """To be called when the model has loaded its weights, before vLLM packs them."""
+        layers = self._decoder.layers
         candidates = range(len(layers)) if self.config.to_choose else self.config.layers
-        fused = {layer: FusedWeight.of(layers[layer].self_attn) for layer in candidates}
+        fused = {layer: FusedWeight.of(layers[layer].attn) for layer in candidates}
         self._fused = {layer: weight for layer, weight in fused.items() if weight is not None}
         if self.config.to_choose:
             return

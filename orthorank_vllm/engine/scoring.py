@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from orthorank_vllm.engine.kernels import add_and_norm, mlp, rotate
+from orthorank_vllm.engine.kernels import add_and_norm
 from orthorank_vllm.engine.packing import PackedTexts, SelectedRows
+from orthorank_vllm.engine.parts import Decoder, DecoderLayer
 from orthorank_vllm.plan import make_plan
 from orthorank_vllm.selection import Competition, score, select
 from orthorank_vllm.treatment import Treatment
@@ -44,7 +45,7 @@ class Forward:
         self, causal_lm: Any, texts: Sequence[Sequence[int]], treatment: Treatment
     ) -> None:
         self._causal_lm = causal_lm
-        self._layers = causal_lm.model.layers
+        self._decoder = Decoder(causal_lm.model)
         self._treatment = treatment
         device = causal_lm.model.norm.weight.device
         self.texts = PackedTexts(texts, device)
@@ -57,54 +58,56 @@ class Forward:
 
     def embed(self) -> torch.Tensor:
         """[T, hidden] residual stream that enters the first layer."""
-        stream: torch.Tensor = self._causal_lm.model.embed_input_ids(self.texts.tokens)
-        return stream
+        return self._decoder.embed(self.texts.tokens)
 
     def through(
         self, stream: torch.Tensor, layers: Iterable[int], chosen: frozenset[int]
     ) -> torch.Tensor:
         """The residual stream after `layers`; the one given is used up."""
         for index in layers:
+            layer = self._decoder.layers[index]
             if index not in chosen:
-                stream = self._dense(self._layers[index], stream)
+                stream = self._dense(layer, stream)
             elif self._treatment.selects_tokens:
-                stream = self._selective(self._layers[index], stream)
+                stream = self._selective(layer, stream)
         return stream
 
-    def _dense(self, layer: Any, stream: torch.Tensor) -> torch.Tensor:
-        normed, _ = add_and_norm(layer.input_layernorm, stream, None)
-        attn = layer.self_attn
-        query, key, value = self._project(attn, normed)
-        output, _ = attn.o_proj(self.texts.attend(attn.attn, query, key, value))
-        normed, stream = add_and_norm(layer.post_attention_layernorm, stream, output)
-        return stream.add_(mlp(layer.mlp, normed))
+    def _dense(self, layer: DecoderLayer, stream: torch.Tensor) -> torch.Tensor:
+        normed, _ = add_and_norm(layer.input_norm, stream, None)
+        query, key, value = self._project(layer, normed)
+        delta = layer.after_attention(self.texts.attend(layer.attn.attn, query, key, value))
+        normed, stream = add_and_norm(layer.post_norm, stream, delta)
+        return stream.add_(layer.after_feed_forward(normed))
 
-    def _selective(self, layer: Any, stream: torch.Tensor) -> torch.Tensor:
+    def _selective(self, layer: DecoderLayer, stream: torch.Tensor) -> torch.Tensor:
         if self._plan is None:
             return self._dense(layer, stream)
-        normed, _ = add_and_norm(layer.input_layernorm, stream, None)
+        normed, _ = add_and_norm(layer.input_norm, stream, None)
         indices = select(self._scores(stream, normed), self._competition)
         rows = SelectedRows(self._plan, indices)
-        attn = layer.self_attn
-        query, key, value = self._project(attn, normed)
+        query, key, value = self._project(layer, normed)
         visible = None
         if self._treatment.forgets_unselected:
             visible = torch.zeros(len(stream), dtype=torch.bool, device=stream.device)
             visible[indices] = True
             visible[self.texts.first_rows] = True  # without the sink no attention works
-        attended = self.texts.attend_from(attn.attn, rows, query[indices], key, value, visible)
-        output, _ = attn.o_proj(attended)
-        normed, updated = add_and_norm(layer.post_attention_layernorm, stream[indices], output)
-        return stream.index_copy_(0, indices, updated.add_(mlp(layer.mlp, normed)))
+        attended = self.texts.attend_from(
+            layer.attn.attn, rows, query[indices], key, value, visible
+        )
+        delta = layer.after_attention(attended)
+        normed, updated = add_and_norm(layer.post_norm, stream[indices], delta)
+        return stream.index_copy_(0, indices, updated.add_(layer.after_feed_forward(normed)))
 
     def _project(
-        self, attn: Any, normed: torch.Tensor
+        self, layer: DecoderLayer, normed: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        attn = layer.attn
         qkv, _ = attn.qkv_proj(normed)
         query, key, value = qkv.split([attn.q_size, attn.kv_size, attn.kv_size], dim=-1)
         # Copies: the split is of one tensor, and padding wants rows by themselves.
-        query = rotate(attn.rotary_emb, self.texts.positions, query.contiguous())
-        key = rotate(attn.rotary_emb, self.texts.positions, key.contiguous())
+        query, key = layer.queries_and_keys(
+            self.texts.positions, query.contiguous(), key.contiguous()
+        )
         return query, key, value.contiguous()
 
     def _scores(self, stream: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
@@ -136,7 +139,7 @@ class Forward:
                 for start, first, length in zip(starts, first_scored, lengths, strict=True)
             ]
         ).to(stream.device)
-        hidden, _ = add_and_norm(self._causal_lm.model.norm, stream[rows], None)
+        hidden, _ = add_and_norm(self._decoder.norm, stream[rows], None)
         targets = self.texts.tokens[rows + 1]
         parts = []
         for part, target in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):

@@ -1,0 +1,112 @@
+"""Small models of other families, as folders that vLLM serves.
+
+Random ones, and SmolLM2's own weights under another family's name: a Mistral has the same tensors,
+and a Mixtral whose experts are all copies of the MLP computes the same.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+# The part of a config's class name before "Config", and what it needs besides the sizes.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {"attention_bias": True, "mlp_bias": True},
+    "Mistral": {"sliding_window": 48},
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen2": {},
+    "Qwen2Moe": {**EXPERTS, "shared_expert_intermediate_size": 64, "mlp_only_layers": [1]},
+    "Qwen3": {"head_dim": 64},
+    "Qwen3Moe": {**EXPERTS, "head_dim": 32},
+    "Granite": {
+        "residual_multiplier": 0.22,
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.0,
+    },
+    "GraniteMoe": {
+        "residual_multiplier": 0.22,
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.0,
+        "num_local_experts": 4,
+    },
+    "Phi3": {},
+}
+
+
+def write_random(family: str, folder: Path, **options: Any) -> str:
+    """A model with random weights, large enough that its layers matter."""
+    config_class = getattr(transformers, f"{family}Config")
+    config = config_class(**{**SIZES, **FAMILIES[family], **options})
+    torch.manual_seed(7)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.08)
+        else:
+            torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.1)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def write_as_mistral(model_path: str, folder: Path, sliding_window: int) -> str:
+    """SmolLM2 as a Mistral."""
+    shutil.copytree(model_path, folder, copy_function=_link)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": sliding_window,
+    }
+    _replace(folder / "config.json", json.dumps(config))
+    return str(folder)
+
+
+def write_as_mixtral(model_path: str, folder: Path, experts: int) -> str:
+    """A Llama as a Mixtral whose experts are all its MLP."""
+    dense = transformers.LlamaForCausalLM.from_pretrained(model_path)
+    config = transformers.MixtralConfig(
+        **{
+            **{key: getattr(dense.config, key) for key in SIZES},
+            "rope_parameters": dense.config.rope_parameters,
+            "rms_norm_eps": dense.config.rms_norm_eps,
+            "tie_word_embeddings": dense.config.tie_word_embeddings,
+            "head_dim": dense.config.hidden_size // dense.config.num_attention_heads,
+            "num_local_experts": experts,
+            "sliding_window": None,
+        }
+    )
+    mixture = transformers.MixtralForCausalLM(config)
+    mixture.load_state_dict(dense.state_dict(), strict=False)
+    for layer, other in zip(mixture.model.layers, dense.model.layers, strict=True):
+        gate_up = torch.cat([other.mlp.gate_proj.weight, other.mlp.up_proj.weight])
+        layer.mlp.experts.gate_up_proj.data[:] = gate_up
+        layer.mlp.experts.down_proj.data[:] = other.mlp.down_proj.weight
+    mixture.save_pretrained(folder)
+    return str(folder)
+
+
+def _link(source: str, target: str) -> None:
+    Path(target).symlink_to(source)
+
+
+def _replace(path: Path, content: str) -> None:
+    path.unlink()
+    path.write_text(content)
