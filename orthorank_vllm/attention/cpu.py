@@ -1,9 +1,10 @@
-"""Sparse-query attention for vLLM's CPU backend.
+"""Attention of any set of queries, for vLLM's CPU backend.
 
 vLLM's kernel takes a sequence's queries to be its last tokens. So each run of
 neighbouring selected positions is given to it as a sequence of its own: the
 same pages, ending with the run's last position. That is exact, for prompts,
 chunks, cached prefixes and decode rows alike (vllm/v1/attention/backends/cpu_attn.py).
+Where torch's kernel is faster, requests that begin in this forward take that (`blocks`).
 """
 
 from typing import Any
@@ -18,20 +19,31 @@ from vllm.model_executor.layers.attention.attention import (
     unified_kv_cache_update,
 )
 
-from orthorank_vllm.plan import Ints
+from orthorank_vllm.attention import blocks
+from orthorank_vllm.plan import Batch, Ints
+
+# Decided once: it depends on the machine alone.
+IN_BLOCKS = blocks.is_faster_here()
 
 
-class CpuSparseAttention:
+class CpuAttention:
     """Attention of one forward; layers that compute as many rows share what is prepared here."""
 
-    def __init__(self, rows_per_request: Ints) -> None:
+    def __init__(self, batch: Batch, rows_per_request: Ints) -> None:
         """
         Args:
             rows_per_request: [requests] how many queries each has, in batch order.
         """
-        self._request = np.repeat(np.arange(len(rows_per_request)), rows_per_request)
-        # Neighbouring rows of two requests can have neighbouring positions too.
-        self._request_ends = np.diff(self._request) != 0
+        request = np.repeat(np.arange(len(rows_per_request)), rows_per_request)
+        self._all = _Runs(request)
+        self._whole = blocks.whole_requests(batch, rows_per_request) if IN_BLOCKS else []
+        if self._whole:
+            is_left = np.ones(len(request), dtype=bool)
+            for whole in self._whole:
+                is_left[whole.queries] = False
+            self._left_rows = torch.from_numpy(np.flatnonzero(is_left))
+            self._left = _Runs(request[is_left])
+        self._is_dense = bool((rows_per_request == batch.query_len).all())
 
     @staticmethod
     def write_kv(attn: Any, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -47,41 +59,65 @@ class CpuSparseAttention:
             attn.layer_name,
         )
 
-    @staticmethod
-    def of_all(
-        attn: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    def __call__(
+        self,
+        attn: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        positions: torch.Tensor,
     ) -> torch.Tensor:
-        """Dense attention, K and V written first: what `attn` itself does, without the
-        dispatcher between, which costs as much as a small batch's arithmetic.
-
-        Args:
-            attn: vLLM's `Attention` layer.
-            query, key, value: [tokens, heads x head size], rotated.
-
-        Returns:
-            [tokens, heads x head size].
-        """
-        CpuSparseAttention.write_kv(attn, key, value)
-        query = query.view(-1, attn.num_heads, attn.head_size)
-        output = torch.empty(query.shape, dtype=query.dtype)
-        unified_attention_with_output(query, key, value, output, attn.layer_name)
-        return output.flatten(1)
-
-    def __call__(self, attn: Any, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """
         Args:
             attn: vLLM's `Attention` layer, K and V of this forward written.
             query: [selected, heads x head size], rotated.
+            key, value: [tokens, kv heads x head size], as written.
             positions: [selected] absolute position of each query.
 
         Returns:
             [selected, heads x head size].
         """
-        metadata, _, kv_cache, _ = get_attention_context(attn.layer_name)
-        impl = attn.impl
         query = query.view(-1, attn.num_heads, attn.head_size)
         output = torch.empty_like(query)
-        starts, requests, lengths = self._runs(positions)
+        if not self._whole or not blocks.is_plain(attn):
+            if self._is_dense:
+                # What `attn` itself calls, without the dispatcher between, which costs as
+                # much as a small batch's arithmetic.
+                unified_attention_with_output(query, key, value, output, attn.layer_name)
+            else:
+                self._all.attend(attn, query, positions, output)
+            return output.flatten(1)
+        key = key.view(-1, attn.num_kv_heads, attn.head_size)
+        value = value.view(-1, attn.num_kv_heads, attn.head_size)
+        for whole in self._whole:
+            whole.attend(query, key, value, positions, attn.impl.scale, output)
+        if len(self._left_rows):
+            rest = query[self._left_rows]
+            rest_output = torch.empty_like(rest)
+            self._left.attend(attn, rest, positions[self._left_rows], rest_output)
+            output[self._left_rows] = rest_output
+        return output.flatten(1)
+
+
+class _Runs:
+    """Queries as runs of neighbouring positions, each a sequence for vLLM's kernel."""
+
+    def __init__(self, request: Ints) -> None:
+        """
+        Args:
+            request: [queries] the batch index of each one's request, ascending.
+        """
+        self._request = request
+        # Neighbouring rows of two requests can have neighbouring positions too.
+        self._request_ends = np.diff(request) != 0
+
+    def attend(
+        self, attn: Any, query: torch.Tensor, positions: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        """Write `output`, [queries, heads, head size]."""
+        metadata, _, kv_cache, _ = get_attention_context(attn.layer_name)
+        impl = attn.impl
+        starts, requests, lengths = self._cut(positions)
         key_cache, value_cache = kv_cache.view(
             kv_cache.shape[0], kv_cache.shape[1], 2 * kv_cache.shape[2], -1
         ).chunk(2, dim=2)
@@ -113,10 +149,9 @@ class CpuSparseAttention:
             ),
             s_aux=impl.sinks,
         )
-        return output.flatten(1)
 
-    def _runs(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Cut the selected rows into runs.
+    def _cut(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Cut the queries into runs.
 
         Returns:
             first row of each run and the end, [runs + 1] int32; request of each

@@ -38,7 +38,7 @@ class Step:
     """What the selective layers of one forward share.
 
     Attributes:
-        attention: of selected rows.
+        attention, dense_attention: of selected rows, and of all.
         sink_slots: [R] rows of the sink table, one for each competing request.
         fresh_rows, fresh_slots: rows of this batch that are a position 0, and
             the slots that they renew.
@@ -47,6 +47,7 @@ class Step:
 
     competition: Competition
     attention: SparseAttention
+    dense_attention: SparseAttention
     sink_slots: torch.Tensor
     fresh_rows: torch.Tensor
     fresh_slots: torch.Tensor
@@ -89,10 +90,10 @@ def sparse_forward(
             stream = _selective_layer(layer, step, sink_rows, kept.split, positions, stream, delta)
             delta = None
         elif layer is decoder.layers[-1] and plan.read is not None:
-            stream = _last_layer(layer, plan.read, plan.read_per_request, positions, stream, delta)
+            stream = _last_layer(layer, plan, plan.read, positions, stream, delta)
             delta = None
         else:
-            delta, stream = _dense_layer(layer, positions, stream, delta)
+            delta, stream = _dense_layer(layer, step.dense_attention, positions, stream, delta)
     hidden, _ = add_and_norm(decoder.norm, stream, delta)
     skipped = len(selective) * (plan.num_tokens - plan.num_selected) + step.duplicates
     return hidden, skipped
@@ -155,7 +156,8 @@ def _start_step(
         )
     return Step(
         competition=Competition.of(plan, device),
-        attention=SparseAttention(plan.selected_per_request),
+        attention=SparseAttention(plan.batch, plan.selected_per_request),
+        dense_attention=SparseAttention(plan.batch, plan.batch.query_len),
         sink_slots=on_device(slots),
         fresh_rows=on_device(plan.sink_row[in_batch]),
         fresh_slots=on_device([slots[r] for r in in_batch]),
@@ -164,7 +166,11 @@ def _start_step(
 
 
 def _dense_layer(
-    layer: DecoderLayer, positions: torch.Tensor, stream: torch.Tensor, delta: torch.Tensor | None
+    layer: DecoderLayer,
+    attention: SparseAttention,
+    positions: torch.Tensor,
+    stream: torch.Tensor,
+    delta: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the layer's own forward does (llama.py), by the fast kernels."""
     normed, stream = add_and_norm(layer.input_norm, stream, delta)
@@ -172,7 +178,8 @@ def _dense_layer(
     qkv, _ = attn.qkv_proj(normed)
     query, key, value = qkv.split([attn.q_size, attn.kv_size, attn.kv_size], dim=-1)
     query, key = layer.queries_and_keys(positions, query, key)
-    delta = layer.after_attention(SparseAttention.of_all(attn.attn, query, key, value))
+    attention.write_kv(attn.attn, key, value)
+    delta = layer.after_attention(attention(attn.attn, query, key, value, positions))
     normed, stream = add_and_norm(layer.post_norm, stream, delta)
     return layer.after_feed_forward(normed), stream
 
@@ -203,8 +210,8 @@ def _selective_layer(
 
 def _last_layer(
     layer: DecoderLayer,
+    plan: Plan,
     read: Ints,
-    read_per_request: Ints,
     positions: torch.Tensor,
     stream: torch.Tensor,
     delta: torch.Tensor | None,
@@ -212,11 +219,12 @@ def _last_layer(
     """A dense last layer, whose unread rows nobody will miss; their K and V are written.
 
     Returns:
-        [tokens, hidden] the residual stream, right in the rows `read`.
+        [tokens, hidden] the residual stream, right in the rows `read`, the plan's.
     """
     normed, stream = add_and_norm(layer.input_norm, stream, delta)
     rows = torch.from_numpy(read).to(stream.device, non_blocking=True)
-    return _update(layer, SparseAttention(read_per_request), rows, None, positions, stream, normed)
+    attention = SparseAttention(plan.batch, plan.read_per_request)
+    return _update(layer, attention, rows, None, positions, stream, normed)
 
 
 def _update(
@@ -240,11 +248,12 @@ def _update(
     """
     attn = layer.attn
     key, value, query_of = project(attn, split, normed)
-    attention.write_kv(attn.attn, layer.keys(positions, key), value)
+    key = layer.keys(positions, key)
+    attention.write_kv(attn.attn, key, value)
     if not len(rows):
         return stream
     positions = positions[rows]
     query = layer.queries(positions, query_of(rows))
-    delta = layer.after_attention(attention(attn.attn, query, positions))
+    delta = layer.after_attention(attention(attn.attn, query, key, value, positions))
     normed, updated = add_and_norm(layer.post_norm, stream[rows], delta)
     return stream.index_copy_(0, rows, updated.add_(layer.after_feed_forward(normed)))

@@ -9,9 +9,9 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 
-from orthorank_vllm.attention import cpu
-from orthorank_vllm.attention.cpu import CpuSparseAttention
-from orthorank_vllm.plan import Batch, make_plan
+from orthorank_vllm.attention import blocks, cpu
+from orthorank_vllm.attention.cpu import CpuAttention
+from orthorank_vllm.plan import Batch, Ints, make_plan
 
 current_platform.import_kernels()
 
@@ -43,6 +43,7 @@ class Pages:
             self.values.append(value)
 
 
+@pytest.mark.parametrize("in_blocks", [False, True])
 @pytest.mark.parametrize("sliding_window", [-1, 7, 40, 5000])
 @pytest.mark.parametrize("group_size", [1, 3])
 @pytest.mark.parametrize(
@@ -59,18 +60,59 @@ def test_every_query_sees_the_keys_of_its_own_request_up_to_its_position(
     requests: list[tuple[int, int, int]],
     group_size: int,
     sliding_window: int,
+    in_blocks: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Breaks seen: runs that cross requests; one key too many."""
+    if in_blocks:
+        attend_in_blocks(monkeypatch)
     computed, query_len, prompt_len = np.array(requests).T
     plan = make_plan(Batch(computed, query_len, prompt_len, computed), 1 / 3, 128)
     assert plan is not None
     rows = torch.from_numpy(np.concatenate([plan.candidates[plan.winners], plan.always])).sort()
-    request = torch.from_numpy(np.repeat(np.arange(len(requests)), query_len))[rows.values]
-    first_row = torch.from_numpy(np.cumsum(query_len) - query_len)
-    positions = rows.values - first_row[request] + torch.from_numpy(computed)[request]
+    check(
+        plan.batch, rows.values, plan.selected_per_request, group_size, sliding_window, monkeypatch
+    )
 
-    pages = Pages([c + q for c, q, _ in requests])
+
+@pytest.mark.parametrize(
+    "requests", [[(0, 300, 300)], [(0, 90, 90), (77, 1, 40), (0, 1, 5), (33, 65, 98), (0, 40, 20)]]
+)
+def test_all_queries_in_blocks_see_the_same(
+    requests: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend_in_blocks(monkeypatch)
+    computed, query_len, prompt_len = np.array(requests).T
+    batch = Batch(computed, query_len, prompt_len, computed)
+    check(batch, torch.arange(query_len.sum()), query_len, 3, -1, monkeypatch)
+
+
+def attend_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine would do, and however short the requests are."""
+    monkeypatch.setattr(cpu, "IN_BLOCKS", True)
+    monkeypatch.setattr(blocks, "MIN_TOKENS", 1)
+    monkeypatch.setattr(blocks, "MIN_TOKENS_SELECTED", 1)
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 16)
+
+
+def check(
+    batch: Batch,
+    rows: torch.Tensor,
+    rows_per_request: Ints,
+    group_size: int,
+    sliding_window: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Attention of these rows of the batch is what the loop below says."""
+    request = torch.from_numpy(np.repeat(np.arange(len(batch.query_len)), batch.query_len))[rows]
+    first_row = torch.from_numpy(np.cumsum(batch.query_len) - batch.query_len)
+    positions = rows - first_row[request] + torch.from_numpy(batch.num_computed)[request]
+
+    pages = Pages((batch.num_computed + batch.query_len).tolist())
+    key, value = (
+        torch.cat([kept[start:] for kept, start in zip(all_kept, batch.num_computed, strict=True)])
+        for all_kept in (pages.keys, pages.values)
+    )
     query = torch.randn(len(positions), KV_HEADS * group_size, HEAD_SIZE)
     attn: Any = SimpleNamespace(
         layer_name="layer",
@@ -90,16 +132,17 @@ def test_every_query_sees_the_keys_of_its_own_request_up_to_its_position(
     context = (metadata, attn, pages.cache, None)
     monkeypatch.setattr(cpu, "get_attention_context", lambda name: context)
 
-    output = CpuSparseAttention(plan.selected_per_request)(
-        attn, query.flatten(1), positions
+    output = CpuAttention(batch, rows_per_request)(
+        attn, query.flatten(1), key.flatten(1), value.flatten(1), positions
     ).view_as(query)
 
     for row, (position, owner) in enumerate(zip(positions.tolist(), request.tolist(), strict=True)):
         low = 0 if sliding_window < 0 else max(0, position - sliding_window + 1)
         for head in range(query.shape[1]):
-            key = pages.keys[owner][low : position + 1, head // group_size].double()
-            value = pages.values[owner][low : position + 1, head // group_size].double()
-            weights = (key @ query[row, head].double() * SCALE).softmax(0)
+            seen = slice(low, position + 1)
+            keys = pages.keys[owner][seen, head // group_size].double()
+            values = pages.values[owner][seen, head // group_size].double()
+            weights = (keys @ query[row, head].double() * SCALE).softmax(0)
             torch.testing.assert_close(
-                output[row, head].double(), weights @ value, atol=1e-5, rtol=0
+                output[row, head].double(), weights @ values, atol=1e-5, rtol=0
             )
