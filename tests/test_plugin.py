@@ -8,6 +8,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import ModelRegistry
 
 from orthorank_vllm import plugin
+from orthorank_vllm.engine.architectures import ORTHORANK_OF
 
 
 def test_registering_twice_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,7 +20,9 @@ def test_registering_twice_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_architectures_are_known_to_vllm() -> None:
     plugin.register()
-    assert "OrthoRankLlamaForCausalLM" in ModelRegistry.get_supported_archs()
+    known = ModelRegistry.get_supported_archs()
+    assert set(ORTHORANK_OF) < set(known)
+    assert set(ORTHORANK_OF.values()) < set(known)
 
 
 def test_every_seam_is_in_this_vllm() -> None:

@@ -60,6 +60,24 @@ def _kv_cache_dtype(vllm_config: Any) -> object:
     return None if dtype in ("auto", "float32", "float16", "bfloat16") else dtype
 
 
+def _model_setting(name: str) -> Callable[[Any], object]:
+    """Of the model's own configuration; None if it is not there."""
+    return lambda vllm_config: getattr(vllm_config.model_config.hf_text_config, name, None)
+
+
+def _attention_sinks(vllm_config: Any) -> object:
+    config = vllm_config.model_config.hf_text_config
+    # Granite's models with windows in some layers have them unless they say otherwise.
+    is_granite = config.model_type.startswith("granite")
+    default = is_granite and getattr(config, "layer_types", None) is not None
+    return getattr(config, "attention_sinks", default) or None
+
+
+def _data_parallel_experts(vllm_config: Any) -> object:
+    size = _if_above_one(vllm_config.parallel_config.data_parallel_size)
+    return size if vllm_config.model_config.is_moe else None
+
+
 REFUSALS = (
     Refusal("device", _device, "so far it runs on CPU"),
     Refusal(
@@ -86,6 +104,16 @@ REFUSALS = (
         "--prefill-context-parallel-size",
         lambda c: _if_above_one(getattr(c.parallel_config, "prefill_context_parallel_size", None)),
         "each rank holds only a part of the prompt",
+    ),
+    Refusal(
+        "--data-parallel-size",
+        _data_parallel_experts,
+        "the ranks of a mixture of experts exchange rows, and each selects its own",
+    ),
+    Refusal(
+        "--enable-eplb",
+        lambda c: c.parallel_config.enable_eplb or None,
+        "the experts' load would be counted on selected rows alone",
     ),
     Refusal(
         "--enable-dbo",
@@ -122,6 +150,21 @@ REFUSALS = (
         "is_causal",
         lambda c: None if getattr(c.model_config.hf_text_config, "is_causal", True) else "false",
         "without causal attention there is no sink token",
+    ),
+    Refusal(
+        "llama_4_scaling",
+        _model_setting("llama_4_scaling"),
+        "this model scales its queries by their position",
+    ),
+    Refusal(
+        "dual_chunk_attention_config",
+        _model_setting("dual_chunk_attention_config"),
+        "this model's attention works in chunks of its own",
+    ),
+    Refusal(
+        "attention_sinks",
+        _attention_sinks,
+        "in this model position 0 does not see itself alone",
     ),
     Refusal(
         "--cpu-offload-gb",

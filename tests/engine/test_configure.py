@@ -11,6 +11,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from orthorank_vllm.engine.refusals import REFUSALS, check_supported
 from orthorank_vllm.options import OptionError
+from tests.models import write_random
 
 pytestmark = pytest.mark.model
 
@@ -89,6 +90,9 @@ def test_an_unsupported_model_is_refused_before_anything_is_loaded(tmp_path: Pat
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"cpu_offload_gb": 1}, "--cpu-offload-gb 1"),
         ({"hf_overrides": {"is_causal": False}}, "is_causal false"),
+        ({"hf_overrides": {"llama_4_scaling": {"beta": 0.1}}}, "llama_4_scaling {'beta': 0.1}"),
+        ({"hf_overrides": {"attention_sinks": True}}, "attention_sinks True"),
+        ({"hf_overrides": {"dual_chunk_attention_config": {}}}, "dual_chunk_attention_config"),
         ({"compilation_config": {"mode": 1}}, "--compilation-config mode STOCK_TORCH_COMPILE"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
@@ -128,6 +132,7 @@ ELSEWHERE = {
     "device": ("device_config", "device_type", "cuda"),
     "--decode-context-parallel-size": ("parallel_config", "decode_context_parallel_size", 2),
     "--prefill-context-parallel-size": ("parallel_config", "prefill_context_parallel_size", 2),
+    "--enable-eplb": ("parallel_config", "enable_eplb", True),
     "--enable-dbo": ("parallel_config", "enable_dbo", True),
     "--kv-cache-dtype": ("cache_config", "cache_dtype", "fp8"),
     "--enable-sleep-mode": ("model_config", "enable_sleep_mode", True),
@@ -149,6 +154,17 @@ def test_a_feature_of_other_machines_is_refused_by_name(
     with pytest.raises(OptionError) as caught:
         check_supported(vllm_config)
     assert str(caught.value).startswith(option)
+
+
+def test_experts_with_data_parallelism_are_refused_and_a_dense_model_is_not(
+    tmp_path: Path, vllm_config: VllmConfig
+) -> None:
+    experts = configured(write_random("Mixtral", tmp_path), skip_tokenizer_init=True)
+    for config in (experts, vllm_config):
+        object.__setattr__(config.parallel_config, "data_parallel_size", 2)
+    with pytest.raises(OptionError, match="--data-parallel-size 2"):
+        check_supported(experts)
+    check_supported(vllm_config)
 
 
 def test_a_stock_configuration_is_supported(vllm_config: VllmConfig) -> None:
