@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+pytestmark = pytest.mark.server
+
 PAIRS = 7
 MARK = "ORTHORANK_TEST_BENCH"  # inherited by whatever the command starts
 
