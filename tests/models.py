@@ -25,6 +25,12 @@ SIZES = {
     "pad_token_id": 0,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+SCALES = {
+    "residual_multiplier": 0.22,
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 2.0,
+}
 # The part of a config's class name before "Config", and what it needs besides the sizes.
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {"attention_bias": True, "mlp_bias": True},
@@ -34,27 +40,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2Moe": {**EXPERTS, "shared_expert_intermediate_size": 64, "mlp_only_layers": [1]},
     "Qwen3": {"head_dim": 64},
     "Qwen3Moe": {**EXPERTS, "head_dim": 32},
-    "Granite": {
-        "residual_multiplier": 0.22,
-        "embedding_multiplier": 12.0,
-        "attention_multiplier": 0.2,
-        "logits_scaling": 2.0,
-    },
-    "GraniteMoe": {
-        "residual_multiplier": 0.22,
-        "embedding_multiplier": 12.0,
-        "attention_multiplier": 0.2,
-        "logits_scaling": 2.0,
-        "num_local_experts": 4,
-    },
+    "Granite": SCALES,
+    "GraniteMoe": {**SCALES, "num_local_experts": 4},
     "Phi3": {},
 }
 
 
-def write_random(family: str, folder: Path, **options: Any) -> str:
+def write_random(family: str, folder: Path) -> str:
     """A model with random weights, large enough that its layers matter."""
     config_class = getattr(transformers, f"{family}Config")
-    config = config_class(**{**SIZES, **FAMILIES[family], **options})
+    config = config_class(**{**SIZES, **FAMILIES[family]})
     torch.manual_seed(7)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     for name, weight in model.named_parameters():

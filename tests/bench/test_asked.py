@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from orthorank_vllm.bench.asked import split_flags
+from orthorank_vllm.cli import main
 from tests.commands import refusal
 
 
@@ -30,7 +31,6 @@ def test_vllms_flags_go_to_every_server_and_orthoranks_to_its_own() -> None:
         (["--orthorank-ratio", "0.3"], "--orthorank-ratio: not here, each server has its own"),
         (["--data", "/none"], "--data /none: it cannot be read"),
         (["-o", "/proc/none"], "-o /proc/none/results.json: it cannot be written"),
-        (["--pears", "6"], "unrecognized arguments: --pears 6"),
     ],
 )
 def test_a_mistake_is_told_in_one_line_before_any_server_starts(
@@ -43,6 +43,16 @@ def test_a_mistake_is_told_in_one_line_before_any_server_starts(
     assert message in refusal(
         capsys, "bench", small_model_path, "-o", str(tmp_path / "out"), *options
     )
+
+
+def test_an_unknown_option_is_told_in_one_line_after_the_usage(
+    small_model_path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", small_model_path, "--pears", "6"])
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("orthorank bench: error: ")
+    assert "unrecognized arguments: --pears 6" in line
 
 
 def test_a_text_that_is_too_short_shows_before_any_server_starts(
