@@ -15,6 +15,7 @@ from orthorank_vllm.attention import SparseAttention
 from orthorank_vllm.engine.kernels import add_and_norm
 from orthorank_vllm.engine.parts import Decoder, DecoderLayer
 from orthorank_vllm.engine.projections import SplitWeight, project
+from orthorank_vllm.engine.ranks import of_first_rank
 from orthorank_vllm.engine.sinks import SinkTable
 from orthorank_vllm.plan import Ints, Plan
 from orthorank_vllm.selection import Competition, score, select
@@ -203,7 +204,8 @@ def _selective_layer(
     """
     normed, stream = add_and_norm(layer.input_norm, stream, delta)
     sink_rows.index_copy_(0, step.fresh_slots, stream[step.fresh_rows])
-    rows = select(score(stream, sink_rows[step.sink_slots], step.competition), step.competition)
+    scores = score(stream, sink_rows[step.sink_slots], step.competition)
+    rows = of_first_rank(select(scores, step.competition))
     step.selected.append(rows)
     return _update(layer, step.attention, rows, split, positions, stream, normed)
 

@@ -86,11 +86,6 @@ REFUSALS = (
         "so far it runs in Model Runner V1",
     ),
     Refusal(
-        "--tensor-parallel-size",
-        lambda c: _if_above_one(c.parallel_config.tensor_parallel_size),
-        "the ranks' selections are not yet tied to each other",
-    ),
-    Refusal(
         "--pipeline-parallel-size",
         lambda c: _if_above_one(c.parallel_config.pipeline_parallel_size),
         "a later stage cannot recompute the sink's state",

@@ -9,6 +9,7 @@ from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.engine.forward import SelectiveLayer, sparse_forward
 from orthorank_vllm.engine.parts import Decoder
 from orthorank_vllm.engine.projections import FusedWeight, SplitWeight
+from orthorank_vllm.engine.ranks import is_first_rank
 from orthorank_vllm.engine.refusals import check_supported
 from orthorank_vllm.engine.sinks import SinkTable
 from orthorank_vllm.metrics import worker_metrics
@@ -48,7 +49,8 @@ class OrthoRank:
         self._hidden_size = model_config.get_hidden_size()
         self._dtype = model_config.dtype
         self._device = torch.get_default_device()
-        self._metrics = worker_metrics(vllm_config)
+        # The ranks compute the same tokens: one of them counts.
+        self._metrics = worker_metrics(vllm_config) if is_first_rank() else None
         self._skipped: torch.Tensor | None = None
         # Weights of layers that may yet become selective.
         self._fused: dict[int, FusedWeight] = {}
@@ -71,6 +73,8 @@ class OrthoRank:
             dtype=self._dtype,
             device=self._device,
         )
+        if not is_first_rank():
+            return
         logger.info(config.describe())
         if not config.measured:
             logger.warning(
@@ -107,8 +111,9 @@ class OrthoRank:
                 raise RuntimeError("OrthoRank made a plan and the model ran without it")
             skipped = int(self._skipped)
             self._skipped = None
-        updates = prompt_tokens * self.config.num_layers - skipped
-        self._metrics.count(prompt_tokens, updates, skipped)
+        if self._metrics is not None:
+            updates = prompt_tokens * self.config.num_layers - skipped
+            self._metrics.count(prompt_tokens, updates, skipped)
 
     def weights_changed(self) -> None:
         """To be called when the model has loaded its weights, before vLLM packs them."""

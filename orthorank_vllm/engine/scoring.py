@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from orthorank_vllm.engine.kernels import add_and_norm
 from orthorank_vllm.engine.packing import PackedTexts, SelectedRows
 from orthorank_vllm.engine.parts import Decoder, DecoderLayer
+from orthorank_vllm.engine.ranks import of_first_rank
 from orthorank_vllm.plan import make_plan
 from orthorank_vllm.selection import Competition, score, select
 from orthorank_vllm.treatment import Treatment
@@ -83,7 +84,7 @@ class Forward:
         if self._plan is None:
             return self._dense(layer, stream)
         normed, _ = add_and_norm(layer.input_norm, stream, None)
-        indices = select(self._scores(stream, normed), self._competition)
+        indices = of_first_rank(select(self._scores(stream, normed), self._competition))
         rows = SelectedRows(self._plan, indices)
         query, key, value = self._project(layer, normed)
         visible = None

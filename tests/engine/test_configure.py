@@ -84,7 +84,6 @@ def test_an_unsupported_model_is_refused_before_anything_is_loaded(tmp_path: Pat
     ("options", "named"),
     [
         ({"enable_lora": True}, "--enable-lora"),
-        ({"tensor_parallel_size": 3}, "--tensor-parallel-size 3"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
         ({"runner": "pooling"}, "--runner pooling"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
