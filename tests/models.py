@@ -1,7 +1,7 @@
 """Small models of other families, as folders that vLLM serves.
 
 Random ones, and SmolLM2's own weights under another family's name: a Mistral has the same tensors,
-and a Mixtral whose experts are all copies of the MLP computes the same.
+and a Mixtral whose experts are all copies of the MLP computes the same. And a quantised one.
 """
 
 import json
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 SIZES = {
     "vocab_size": 512,
@@ -95,6 +96,71 @@ def write_as_mixtral(model_path: str, folder: Path, experts: int) -> str:
         layer.mlp.experts.gate_up_proj.data[:] = gate_up
         layer.mlp.experts.down_proj.data[:] = other.mlp.down_proj.weight
     mixture.save_pretrained(folder)
+    return str(folder)
+
+
+# torchao's scheme of 8-bit weights, which vLLM can make while it loads a model.
+WEIGHT_ONLY = {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}
+
+# Of 127: processors without VNNI add two products in 16 bits, which larger weights overflow.
+LARGEST_WEIGHT = 63
+
+
+class Int8Linear(torch.nn.Module):
+    """A linear layer of 8-bit weights and activations: scales per output and per token.
+
+    Arithmetic on whole numbers in float32, so that only the rounding of activations depends on
+    float noise.
+    """
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        self.scale = weight.abs().amax(dim=1, keepdim=True) / LARGEST_WEIGHT
+        self.whole = (weight / self.scale).round()
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        scale = rows.abs().amax(dim=-1, keepdim=True) / 127
+        product = (rows / scale).round() @ self.whole.T
+        return product * scale * self.scale.T
+
+
+def with_int8_layers(model: Any) -> Any:
+    """The model, its decoder's linear layers replaced."""
+    for layer in model.model.layers:
+        for block in (layer.self_attn, layer.mlp):
+            for name, module in list(block.named_children()):
+                if isinstance(module, torch.nn.Linear):
+                    setattr(block, name, Int8Linear(module))
+    return model
+
+
+def write_w8a8(model_path: str, folder: Path) -> str:
+    """A Llama as a checkpoint of 8-bit weights and activations (compressed-tensors)."""
+    shutil.copytree(model_path, folder, copy_function=_link)
+    tensors = load_file(folder / "model.safetensors")
+    model = with_int8_layers(transformers.LlamaForCausalLM.from_pretrained(model_path))
+    for name, module in model.named_modules():
+        if isinstance(module, Int8Linear):
+            tensors[f"{name}.weight"] = module.whole.to(torch.int8)
+            tensors[f"{name}.weight_scale"] = module.scale
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}
+    scheme = {
+        "targets": ["Linear"],
+        "weights": {**eight_bits, "strategy": "channel", "dynamic": False},
+        "input_activations": {**eight_bits, "strategy": "token", "dynamic": True},
+    }
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": scheme},
+    }
+    _replace(folder / "config.json", json.dumps(config))
     return str(folder)
 
 

@@ -22,7 +22,7 @@ from orthorank_vllm.selection import Competition, score, select
 from orthorank_vllm.treatment import Treatment
 
 # Rows of logits at a time: a whole text's would be the largest tensor by far.
-LOGIT_ROWS = 256
+LOGIT_ROWS = 64
 
 
 @dataclass(frozen=True)

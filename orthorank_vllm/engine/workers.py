@@ -61,6 +61,8 @@ def measuring_config(arguments: argparse.Namespace) -> Any:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             engine_args.distributed_executor_backend = "uni"
         engine_args.enforce_eager = True
+        # Less than this free, and vLLM stops for the sake of a KV cache that will not be made.
+        engine_args.gpu_memory_utilization = 0.01
         engine_args.max_num_seqs = 1
         vllm_config = engine_args.create_engine_config()
     orthorank_architectures(vllm_config.model_config.architectures)

@@ -1,6 +1,7 @@
 """`orthorank calibrate`, run as a user would."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,15 +15,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from orthorank_vllm.cli import main
 from orthorank_vllm.profiles import Profile, read_profile
 from tests.commands import refusal
+from tests.models import WEIGHT_ONLY
 from tests.reference import Reference, Rule
 
 OPTIONS = ["--dtype", "float32", "--tokens", "512", "--max-ratio", "0.4", "--window", "64"]
+# Nor is there room for a KV cache, and none is needed.
+ALL_MEMORY = ["--gpu-memory-utilization", "1"]
+INT8 = json.dumps({"quantization_config_dict_json": json.dumps(WEIGHT_ONLY)})
 
 
 def calibrate(model_path: str, *options: str) -> "subprocess.Popen[str]":
     program = Path(sys.executable).with_name("orthorank")
+    environment = {**os.environ}
+    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
     return subprocess.Popen(
-        [str(program), "calibrate", model_path, *OPTIONS, *options],
+        [str(program), "calibrate", model_path, *OPTIONS, *ALL_MEMORY, *options],
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -93,6 +101,23 @@ def test_a_profile_says_how_it_was_made(finished: Path, text_path: Path) -> None
     assert profile.trials == 6 + 5 + 4 + 3
     assert profile.versions.keys() == {"orthorank-vllm", "vllm", "torch"}
     assert [path.name for path in finished.parent.iterdir()] == ["small.json"]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    "options", [["--dtype", "bfloat16"], ["--quantization", "torchao", "--hf-overrides", INT8]]
+)
+def test_what_can_be_served_can_be_calibrated(
+    finished: Path, small_model_path: str, text_path: Path, tmp_path: Path, options: list[str]
+) -> None:
+    output = tmp_path / "small.json"
+    given = ["--data", str(text_path), "-o", str(output), "--max-ratio", "0.1", *options]
+    process = calibrate(small_model_path, *given)
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    exact, found = read_profile(finished).dense_loss, read_profile(output).dense_loss
+    assert found != exact
+    assert found == pytest.approx(exact, abs=0.2)
 
 
 @pytest.mark.model
