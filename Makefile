@@ -14,8 +14,13 @@ ARGS   =
 PIP_FLAGS =
 # Empty serves stock vLLM, for a comparison.
 ORTHORANK = --orthorank-ratio $(RATIO)
+# Test files that run at the same time: much of their time is vLLM's start, which keeps one core busy.
+JOBS   = 2
 # One thread per core: a second thread on the same core only gets in the way of the first.
 THREADS = $(shell { nproc; lscpu -p=CORE,SOCKET | grep '^[0-9]' | sort -u | wc -l; } | sort -n | awk '$$1 > 0' | head -n 1)
+
+# So many for each of the tests' jobs, at least one.
+JOB_THREADS = $(shell echo $$(( $(THREADS) > $(JOBS) ? $(THREADS) / $(JOBS) : 1 )))
 
 BIN     = $(VENV)/bin
 LOCKS   = requirements/cpu.lock requirements/evaluate.lock requirements/dev.lock
@@ -36,7 +41,7 @@ help:
 	@echo "make model      SmolLM2-135M-Instruct in $(FETCHED) (93 MB to download)"
 	@echo "make browser    Debian's chromium, for the test of the report; as root"
 	@echo "make serve      the server on $(HOST):$(PORT) (MODEL= NAME= RATIO=$(RATIO) HOST= PORT= ARGS=; ORTHORANK= is stock vLLM)"
-	@echo "make test       the tests (TESTS=$(TESTS) ARGS=)"
+	@echo "make test       the tests (TESTS=$(TESTS) ARGS= JOBS=$(JOBS))"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the speed against stock vLLM (MODEL= RATIO=$(RATIO) ARGS=)"
 	@echo "make clean      removes caches and build output"
@@ -80,7 +85,8 @@ serve: $(STAMP) model
 # tests/conftest.py sets the rest of the environment itself, so that plain pytest works too.
 test: $(STAMP) model
 	@echo "test: pytest $(TESTS) $(ARGS)"
-	@exec env OMP_NUM_THREADS=$(THREADS) ORTHORANK_TEST_MODEL=$(abspath $(MODEL)) $(BIN)/python -m pytest $(TESTS) $(ARGS)
+	@exec env OMP_NUM_THREADS=$(JOB_THREADS) ORTHORANK_TEST_MODEL=$(abspath $(MODEL)) \
+		$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(TESTS) $(ARGS)
 
 lint: $(STAMP)
 	@echo "lint: ruff check, ruff format --check, mypy"

@@ -18,8 +18,10 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-# Not the user's own: a profile calibrated there would go before the shipped one.
-os.environ.setdefault("VLLM_CACHE_ROOT", str(ROOT / ".pytest_cache" / "vllm"))
+# Not the user's own: a profile calibrated there would go before the shipped one. Nor that of tests
+# that run at the same time.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
+os.environ.setdefault("VLLM_CACHE_ROOT", str(ROOT / ".pytest_cache" / "vllm" / WORKER))
 
 
 # vLLM's logger holds on to a stream that pytest has closed by then.

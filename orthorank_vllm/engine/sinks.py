@@ -44,12 +44,16 @@ class SinkTable:
             if token in self._slot_of_token:
                 self._slot_of_token.move_to_end(token)
         for token in missing:
-            if len(self._slot_of_token) < self.rows.shape[1]:
-                slot = len(self._slot_of_token)
+            if len(self) < self.rows.shape[1]:
+                slot = len(self)
             else:
                 _, slot = self._slot_of_token.popitem(last=False)
             self._slot_of_token[token] = slot
         return [self._slot_of_token[token] for token in tokens], missing
+
+    def __len__(self) -> int:
+        """How many token ids have a slot."""
+        return len(self._slot_of_token)
 
     def clear(self) -> None:
         """Forget every state; to be called when the weights change."""
