@@ -16,12 +16,13 @@ class Competition:
     """A plan's arrays on the device, all int64; see `plan.Plan`.
 
     Attributes:
+        pair: [C] candidate and its own request's sink, as an index into all [tokens, R] pairs.
         rank: [C] what orders candidates before their scores do: the window part in
             the upper half, and below it the bit that puts a sink after all others.
     """
 
     candidates: torch.Tensor
-    request: torch.Tensor
+    pair: torch.Tensor
     rank: torch.Tensor
     winners: torch.Tensor
     always: torch.Tensor
@@ -30,12 +31,15 @@ class Competition:
     def of(cls, plan: Plan, device: torch.device) -> "Competition":
         rank = plan.part << 32
         rank[plan.at_position_0] |= 1 << 31
-        arrays = (plan.candidates, plan.request, rank, plan.winners, plan.always)
+        pair = plan.candidates * len(plan.requests) + plan.request
+        arrays = (plan.candidates, pair, rank, plan.winners, plan.always)
         return cls(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
 
 
 def score(stream: torch.Tensor, sinks: torch.Tensor, competition: Competition) -> torch.Tensor:
-    """`|cos|` between each candidate and its request's sink; lower is more important.
+    """`|cos|` between each candidate and its request's sink, times the length of that sink.
+
+    Lower is more important. The length is the same for all that compete with each other.
 
     Args:
         stream: [tokens, hidden] residual stream that enters the layer.
@@ -44,14 +48,12 @@ def score(stream: torch.Tensor, sinks: torch.Tensor, competition: Competition) -
     Returns:
         [C] float32.
     """
-    stream, sinks = stream.float(), sinks.float()
+    stream = stream.float()
     # Against every sink: cheaper than a copy of each token's own, for all but
     # hundreds of prompts in one forward.
-    products = stream @ torch.nn.functional.normalize(sinks, dim=-1).T
+    products = (stream @ sinks.float().T).flatten()
     lengths = torch.linalg.vector_norm(stream, dim=-1)
-    candidates = competition.candidates
-    cosine = products[candidates, competition.request] / lengths[candidates]
-    return cosine.abs()
+    return products[competition.pair].div_(lengths[competition.candidates]).abs_()
 
 
 def select(scores: torch.Tensor, competition: Competition) -> torch.Tensor:

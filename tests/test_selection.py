@@ -33,20 +33,21 @@ def prompt_plan(length: int, keep: float, window: int, computed: int = 0, total:
 def competition_of(request: list[int]) -> Competition:
     """Every row a candidate, of the request given."""
     none = torch.empty(0, dtype=torch.int64)
+    rows = torch.arange(len(request))
     return Competition(
-        candidates=torch.arange(len(request)),
-        request=torch.tensor(request),
+        candidates=rows,
+        pair=rows * (max(request) + 1) + torch.tensor(request),
         rank=none,
         winners=none,
         always=none,
     )
 
 
-def test_the_score_is_the_absolute_cosine() -> None:
+def test_the_score_is_the_absolute_cosine_times_the_sinks_length() -> None:
     """Break seen: without the absolute value a token opposite to the sink wins."""
     stream = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
     scores = score(stream, torch.tensor([[5.0, 0.0]]), competition_of([0, 0, 0, 0]))
-    torch.testing.assert_close(scores, torch.tensor([1.0, 1.0, 0.0, 0.5**0.5]))
+    torch.testing.assert_close(scores, torch.tensor([5.0, 5.0, 0.0, 5 * 0.5**0.5]))
 
 
 def test_every_token_is_scored_against_its_own_request() -> None:
@@ -62,7 +63,8 @@ def test_the_score_is_computed_in_float32_whatever_the_model_runs_in() -> None:
     scores = score(stream, sinks, competition_of([0] * 50))
     assert scores.dtype == torch.float32
     wanted = torch.cosine_similarity(stream.double(), sinks.double()).abs().float()
-    torch.testing.assert_close(scores, wanted, atol=1e-6, rtol=0)
+    length = float(sinks.float().norm())
+    torch.testing.assert_close(scores / length, wanted, atol=1e-6, rtol=0)
 
 
 def test_the_lowest_scores_of_each_window_are_selected() -> None:

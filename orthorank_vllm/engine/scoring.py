@@ -118,7 +118,7 @@ class Forward:
                 len(self._competition.candidates), generator=self._random, device=stream.device
             )
         scores = score(states, states[self.texts.first_rows], self._competition)
-        return (1 - scores).clamp_(min=0) if self._treatment.prefers_aligned else scores
+        return scores.max() - scores if self._treatment.prefers_aligned else scores
 
     def log_probs(
         self, stream: torch.Tensor, first_scored: Sequence[int]
