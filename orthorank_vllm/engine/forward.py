@@ -57,6 +57,8 @@ class Step:
     @property
     def duplicates(self) -> torch.Tensor:
         """[] int64, on the device: rows that stand twice in a selection, over all layers."""
+        if not self.selected:
+            return torch.zeros((), dtype=torch.int64)
         rows = torch.stack(self.selected)
         return (rows[:, 1:] == rows[:, :-1]).sum()
 
@@ -66,44 +68,44 @@ def sparse_forward(
     selective: dict[int, SelectiveLayer],
     sinks: SinkTable,
     plan: Plan,
-    input_ids: torch.Tensor,
     positions: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prefill with the selective layers in place.
+    stream: torch.Tensor,
+    delta: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Prefill through this stage's layers, the selective ones in place.
 
     Args:
-        selective: by layer index.
-        input_ids, positions: [tokens].
+        selective: this stage's, by layer index.
+        positions: [tokens].
+        stream, delta: [tokens, hidden], whose sum is the residual stream that enters the first
+            layer here; vLLM's layers hand it on in two summands. Both are used up.
 
     Returns:
-        [tokens, hidden] final normalised states, right in the rows `plan.read`,
-        and the number of token updates skipped by selective layers, [] int64 on
-        the device.
+        the same after the last layer here, right in the rows `plan.read`, and the number of token
+        updates skipped by selective layers, [] int64 on the device.
     """
     step = _start_step(decoder, selective, sinks, plan, positions.device)
-    stream = decoder.embed(input_ids)
-    # vLLM's layers hand on the residual stream in two summands, (delta, stream).
-    delta: torch.Tensor | None = None
-    for index, layer in enumerate(decoder.layers):
+    for index, layer in decoder.layers.items():
         if index in selective:
             kept = selective[index]
             sink_rows = sinks.rows[kept.sink_row]
             stream = _selective_layer(layer, step, sink_rows, kept.split, positions, stream, delta)
             delta = None
-        elif layer is decoder.layers[-1] and plan.read is not None:
+        elif index == decoder.last_layer and plan.read is not None:
             stream = _last_layer(layer, plan, plan.read, positions, stream, delta)
             delta = None
         else:
             delta, stream = _dense_layer(layer, step.dense_attention, positions, stream, delta)
-    hidden, _ = add_and_norm(decoder.norm, stream, delta)
     skipped = len(selective) * (plan.num_tokens - plan.num_selected) + step.duplicates
-    return hidden, skipped
+    return stream, delta, skipped
 
 
 def sink_states(
     decoder: Decoder, selective: dict[int, SelectiveLayer], tokens: torch.Tensor
 ) -> torch.Tensor:
     """Position 0's residual stream entering each selective layer, for some token ids.
+
+    Only for a decoder that is the whole model.
 
     Attention over a single key returns its value, so no KV cache is touched.
 
@@ -116,7 +118,7 @@ def sink_states(
     states = []
     stream = decoder.embed(tokens)
     delta: torch.Tensor | None = None
-    for index, layer in enumerate(decoder.layers):
+    for index, layer in decoder.layers.items():
         normed, stream = add_and_norm(layer.input_norm, stream, delta)
         delta = None
         if index in selective:

@@ -40,8 +40,7 @@ class OrthoRankForCausalLM:
                 input_ids, positions, intermediate_tensors, inputs_embeds
             )
             return states
-        assert input_ids is not None
-        return self.orthorank.forward(orthorank_plan, input_ids, positions)
+        return self.orthorank.forward(orthorank_plan, input_ids, positions, intermediate_tensors)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         stock: Any = super()

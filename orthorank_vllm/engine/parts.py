@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from orthorank_vllm.engine.kernels import mlp, norm_heads, rotate
 from orthorank_vllm.options import OptionError
@@ -116,11 +117,13 @@ class DecoderLayer:
 
 
 class Decoder:
-    """The model between token ids and final states.
+    """The model between token ids and final states, or the part of it that a pipeline stage holds.
 
     Attributes:
-        layers: by index; a pipeline's other stages have none.
-        norm: the last one.
+        layers: this stage's, by their index in the model.
+        is_first, is_last: whether it embeds the tokens, and whether it normalises what comes out.
+        last_layer: index of the model's last layer, wherever it is.
+        norm: the last one; a placeholder where another stage has it.
     """
 
     def __init__(self, model: Any) -> None:
@@ -132,7 +135,14 @@ class Decoder:
         Raises:
             OptionError: see `DecoderLayer.of`.
         """
-        self.layers = [DecoderLayer.of(layer) for layer in model.layers]
+        self.layers = {
+            index: DecoderLayer.of(layer)
+            for index, layer in enumerate(model.layers)
+            if not isinstance(layer, PPMissingLayer)
+        }
+        self.last_layer = len(model.layers) - 1
+        self.is_first = 0 in self.layers
+        self.is_last = self.last_layer in self.layers
         self.norm = model.norm
         self._embed = model.embed_input_ids
         self._embedding_scale = float(getattr(model.config, "embedding_multiplier", 1.0))

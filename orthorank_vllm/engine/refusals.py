@@ -88,7 +88,7 @@ REFUSALS = (
     Refusal(
         "--pipeline-parallel-size",
         lambda c: _if_above_one(c.parallel_config.pipeline_parallel_size),
-        "a later stage cannot recompute the sink's state",
+        "vLLM's own pipeline does not run on CPU",
     ),
     Refusal(
         "--decode-context-parallel-size",

@@ -1,12 +1,16 @@
 """What an OrthoRank model carries besides its stock modules."""
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.logger import init_logger
+from vllm.sequence import IntermediateTensors
 
 from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.engine.forward import SelectiveLayer, sparse_forward
+from orthorank_vllm.engine.kernels import add_and_norm
 from orthorank_vllm.engine.parts import Decoder
 from orthorank_vllm.engine.projections import FusedWeight, SplitWeight
 from orthorank_vllm.engine.ranks import is_first_rank
@@ -61,13 +65,14 @@ class OrthoRank:
     def use_layers(self, config: OrthoRankConfig) -> None:
         """Take the layers that are final now, at once or after a calibration at start-up."""
         self.config = config
+        ours = [layer for layer in config.layers if layer in self._decoder.layers]
         self._selective = {
             layer: SelectiveLayer(sink_row, self._split_of(layer))
-            for sink_row, layer in enumerate(config.layers)
+            for sink_row, layer in enumerate(ours)
         }
         self._fused = {}
         self._sinks = SinkTable(
-            num_selective=len(config.layers),
+            num_selective=len(ours),
             capacity=self._sink_capacity,
             hidden_size=self._hidden_size,
             dtype=self._dtype,
@@ -91,17 +96,54 @@ class OrthoRank:
         """The competition of one forward, None if it is a dense one."""
         if self.config.to_choose:
             raise RuntimeError("OrthoRank was to choose its layers at start-up and has not")
+        if not (self._decoder.is_first and self._decoder.is_last):
+            batch = self._with_known_sinks(batch)
         return make_plan(batch, self.config.keep, self.config.window)
 
-    def forward(self, plan: Plan, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """See `sparse_forward`."""
-        hidden, self._skipped = sparse_forward(
-            self._decoder, self._selective, self._sinks, plan, input_ids, positions
+    def _with_known_sinks(self, batch: Batch) -> Batch:
+        """Requests whose sink's state a pipeline stage lacks do not compete: it cannot compute it.
+
+        Every stage keeps its table in the same way, so all of them decide alike.
+        """
+        is_known = np.array([token in self._sinks for token in batch.first_token.tolist()])
+        is_served = is_known | (batch.num_computed == 0)
+        return replace(batch, prompt_len=np.where(is_served, batch.prompt_len, 0))
+
+    def forward(
+        self,
+        plan: Plan,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        from_earlier_stage: IntermediateTensors | None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """This stage's part of a forward with a plan.
+
+        Args:
+            input_ids, positions: [tokens]; the ids are read in the first stage.
+
+        Returns:
+            [tokens, hidden] final normalised states, right in the rows `plan.read`;
+            or what the next stage takes.
+        """
+        delta: torch.Tensor | None = None
+        if self._decoder.is_first:
+            assert input_ids is not None
+            stream = self._decoder.embed(input_ids)
+        else:
+            assert from_earlier_stage is not None
+            stream, delta = from_earlier_stage["residual"], from_earlier_stage["hidden_states"]
+        stream, delta, self._skipped = sparse_forward(
+            self._decoder, self._selective, self._sinks, plan, positions, stream, delta
         )
-        return hidden
+        if self._decoder.is_last:
+            hidden, _ = add_and_norm(self._decoder.norm, stream, delta)
+            return hidden
+        if delta is None:
+            delta = torch.zeros_like(stream)
+        return IntermediateTensors({"hidden_states": delta, "residual": stream})
 
     def count(self, batch: Batch, plan: Plan | None) -> None:
-        """Count one forward's prompt tokens and their updates, after it ran."""
+        """Count one forward's prompt tokens and this stage's updates of them, after it ran."""
         prompt_tokens = int(batch.prompt_tokens.sum())
         if not prompt_tokens:
             return
@@ -112,13 +154,14 @@ class OrthoRank:
             skipped = int(self._skipped)
             self._skipped = None
         if self._metrics is not None:
-            updates = prompt_tokens * self.config.num_layers - skipped
-            self._metrics.count(prompt_tokens, updates, skipped)
+            updates = prompt_tokens * len(self._decoder.layers) - skipped
+            entered = prompt_tokens if self._decoder.is_first else 0
+            self._metrics.count(entered, updates, skipped)
 
     def weights_changed(self) -> None:
         """To be called when the model has loaded its weights, before vLLM packs them."""
         layers = self._decoder.layers
-        candidates = range(len(layers)) if self.config.to_choose else self.config.layers
+        candidates = layers if self.config.to_choose else self._selective
         fused = {layer: FusedWeight.of(layers[layer].attn) for layer in candidates}
         self._fused = {layer: weight for layer, weight in fused.items() if weight is not None}
         if self.config.to_choose:

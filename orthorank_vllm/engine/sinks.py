@@ -51,6 +51,9 @@ class SinkTable:
             self._slot_of_token[token] = slot
         return [self._slot_of_token[token] for token in tokens], missing
 
+    def __contains__(self, token: int) -> bool:
+        return token in self._slot_of_token
+
     def __len__(self) -> int:
         """How many token ids have a slot."""
         return len(self._slot_of_token)
