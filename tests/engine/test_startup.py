@@ -103,11 +103,11 @@ def test_two_engines_that_start_at_once_agree_on_one_profile(
 
 def test_a_calibration_keeps_to_its_time(model_path: str, tmp_path: Path) -> None:
     """All of the real model's layers past the shipped profile's 14."""
-    script = start(model_path, tmp_path, ratio=0.4, calibrate_seconds=20)
+    script = start(model_path, tmp_path, ratio=0.4, calibrate_seconds=45)
     layers, source, _, [seconds], _ = script.answer
     assert len(layers) == 18
     assert source.startswith("calibration at start-up")
-    assert seconds < 22
+    assert seconds < 45 * 1.1
     [path] = profiles_in(tmp_path)
     assert len(read_profile(path).order) == 18
 
