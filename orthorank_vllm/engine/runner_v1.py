@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context
 
 from orthorank_vllm.plan import Batch
 
@@ -37,7 +39,10 @@ def with_plan(model_forward: Callable[..., Any]) -> Callable[..., Any]:
         if orthorank is None:
             return model_forward(self, *args, **model_kwargs)
         batch = batch_of(self)
-        plan = orthorank.plan(batch)
+        # A step that is replayed from a full CUDA graph does not run the model: steps as long as
+        # decoding's, prompts of one token among them. Those are dense.
+        is_replayed = get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.FULL
+        plan = None if is_replayed else orthorank.plan(batch)
         if plan is not None:
             model_kwargs["orthorank_plan"] = plan
         output = model_forward(self, *args, **model_kwargs)
