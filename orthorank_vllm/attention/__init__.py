@@ -69,11 +69,9 @@ def check_way(asked: str, device: str) -> None:
     Raises:
         OptionError: this way of attending is not for this device.
     """
-    ways = WAYS_OF_DEVICE.get(device, ())
-    if asked not in ("auto", *ways):
-        raise rejected(
-            "attention", asked, f"on this device ({device}) give auto, {' or '.join(ways)}"
-        )
+    ways = ("auto", *WAYS_OF_DEVICE[device])
+    if asked not in ways:
+        raise rejected("attention", asked, f"on this device ({device}) give {', '.join(ways)}")
 
 
 def choose_way(asked: str, attention_layers: Sequence[Any], device: str) -> AttentionWay:

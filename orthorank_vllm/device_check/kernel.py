@@ -1,11 +1,11 @@
-"""The Triton kernel against a loop over queries in float64; run in a process of its own.
+"""The Triton kernel against a loop over queries in float64.
 
-Triton decides when it is imported whether its interpreter runs the kernels, which it has to where
-there is no GPU. On a GPU the same cases can be run as they are.
+On a GPU as it is, elsewhere by Triton's interpreter (TRITON_INTERPRET=1, set before Triton is
+imported, so in a process of its own), which does not multiply bfloat16.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from orthorank_vllm.attention.sparse_kernel import (
     make_tiles,
     queries_per_tile,
 )
+from orthorank_vllm.plan import Batch, Ints
 
 SCALE = 0.15
 
@@ -42,8 +43,36 @@ class Case:
     fp8: str = ""
 
 
+Attend = Callable[[Batch, Ints, torch.Tensor, torch.Tensor, PagedCache], torch.Tensor]
+
+
 def run(case: Case, device: str = "cpu") -> float:
-    """The largest difference of an output from the loop's, infinite if one is NaN."""
+    """`difference` of the kernel."""
+
+    def attend_in_tiles(
+        batch: Batch,
+        rows_per_request: Ints,
+        query: torch.Tensor,
+        positions: torch.Tensor,
+        cache: PagedCache,
+    ) -> torch.Tensor:
+        size = queries_per_tile(case.heads // case.kv_heads)
+        tiles = make_tiles(rows_per_request, batch.num_computed, batch.query_len, size)
+        return attend(
+            query,
+            positions,
+            torch.from_numpy(tiles).to(device),
+            cache,
+            SCALE,
+            case.window,
+            case.softcap,
+        )
+
+    return difference(case, attend_in_tiles, device)
+
+
+def difference(case: Case, attend_in: Attend, device: str = "cpu") -> float:
+    """The largest one of an output from the loop's, infinite if there is a NaN."""
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
     context, query_len, _ = (np.array(column) for column in zip(*case.requests, strict=True))
@@ -54,17 +83,8 @@ def run(case: Case, device: str = "cpu") -> float:
     owners = np.repeat(np.arange(len(selected)), rows_per_request)
     query = torch.randn(len(positions), case.heads, case.head_size).to(dtype)
 
-    size = queries_per_tile(case.heads // case.kv_heads)
-    tiles = make_tiles(rows_per_request, context, query_len, size)
-    output = attend(
-        query.to(device),
-        positions.to(device),
-        torch.from_numpy(tiles).to(device),
-        cache,
-        SCALE,
-        case.window,
-        case.softcap,
-    ).cpu()
+    batch = Batch(context, query_len, context + query_len, context)
+    output = attend_in(batch, rows_per_request, query.to(device), positions.to(device), cache).cpu()
 
     group = case.heads // case.kv_heads
     worst = 0.0
@@ -76,8 +96,8 @@ def run(case: Case, device: str = "cpu") -> float:
         if case.softcap:
             scores = case.softcap * (scores / case.softcap).tanh()
         expected = torch.einsum("hn,nhd->hd", scores.softmax(1), value)
-        difference = float((output[row].double() - expected).abs().max())
-        worst = max(worst, difference if difference == difference else float("inf"))
+        largest = float((output[row].double() - expected).abs().max())
+        worst = max(worst, largest if largest == largest else float("inf"))
     return worst
 
 
@@ -103,8 +123,7 @@ def _pages(
     dtype = getattr(torch, case.dtype)
     inner = (case.page, case.kv_heads) if not case.is_hnd else (case.kv_heads, case.page)
     raw = torch.full((sum(counts) + 1, *inner, 2 * case.head_size), torch.nan, dtype=dtype)
-    paged = raw if case.is_hnd else raw.transpose(1, 2)
-    key_pages, value_pages = paged.transpose(1, 2).split(case.head_size, dim=-1)
+    key_pages, value_pages = _views(case, raw)
     table = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
     scales: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
     if case.fp8:
@@ -120,24 +139,31 @@ def _pages(
         for kept, pages, scale in zip(
             (keys, values), (key_pages, value_pages), scales, strict=True
         ):
-            stored = torch.randn(length, case.kv_heads, case.head_size).to(dtype)
+            written = torch.randn(length, case.kv_heads, case.head_size).to(dtype)
             if case.fp8:
-                stored = stored.to(torch.float8_e4m3fn).to(dtype)
-            pages[page, slot] = stored
-            kept.append(stored.double() * (1 if scale is None else scale.double()[:, None]))
+                written = written.to(torch.float8_e4m3fn).to(dtype)
+            pages[page, slot] = written
+            kept.append(written.double() * (1 if scale is None else scale.double()[:, None]))
     if case.window:
         # Pages that left every window hold what another request wrote there, or nothing.
         for request, (context, _, _) in enumerate(case.requests):
             gone = max(0, context - case.window + 1) // case.page
             table[request, :gone] = 0
-    stored_as = torch.float8_e4m3fn if case.fp8 else dtype
+    # All at once: a copy of the views alone would be laid out anew.
+    stored = raw.to(device).to(torch.float8_e4m3fn if case.fp8 else dtype)
     cache = PagedCache(
-        key_pages.to(device).to(stored_as),
-        value_pages.to(device).to(stored_as),
+        *_views(case, stored),
         table.to(device),
         *(None if scale is None else scale.to(device) for scale in scales),
     )
     return cache, keys, values
+
+
+def _views(case: Case, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V as [pages, page size, kv heads, head size], as vLLM's backends see them."""
+    paged = raw if case.is_hnd else raw.transpose(1, 2)
+    key, value = paged.transpose(1, 2).split(case.head_size, dim=-1)
+    return key, value
 
 
 MIXED = (
@@ -166,7 +192,3 @@ CASES = {
     "fp8 pages": Case(MIXED, kv_heads=2, fp8="one scale", dtype="float16"),
     "fp8 pages, a scale for each head": Case(MIXED, kv_heads=2, fp8="per head", page=32),
 }
-
-
-def as_json(case: Case) -> dict[str, Any]:
-    return asdict(case)
