@@ -12,10 +12,12 @@ from orthorank_vllm import __version__
 from orthorank_vllm.options import OptionError
 
 # Name: module with `add_arguments(parser)` and `run(arguments) -> exit status`, and what it does.
+# One that has TAKES_MODEL = False wants no model and none of vLLM's options.
 COMMANDS = {
     "calibrate": ("orthorank_vllm.calibrate.command", "choose a model's layers by measurement"),
     "evaluate": ("orthorank_vllm.evaluate.command", "measure what a ratio costs in quality"),
     "bench": ("orthorank_vllm.bench.command", "measure what a ratio gains in speed"),
+    "device-check": ("orthorank_vllm.device_check.command", "check this machine's GPU"),
 }
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -55,16 +57,21 @@ def _run(name: str, argv: list[str]) -> int:
             f"vLLM cannot be imported ({error}); pip install 'orthorank-vllm[vllm]'"
         ) from None
     module: Any = importlib.import_module(COMMANDS[name][0])
+    takes_model = getattr(module, "TAKES_MODEL", True)
+    wanted = "MODEL [options] [vLLM's engine options, such as --dtype]"
     parser = FlexibleArgumentParser(
         prog=f"orthorank {name}",
-        usage=f"orthorank {name} MODEL [options] [vLLM's engine options, such as --dtype]",
+        usage=f"orthorank {name} {wanted if takes_model else '[options]'}",
         description=module.__doc__,
     )
-    parser.add_argument("model_tag", metavar="MODEL", help="A folder or hub name, as for vLLM.")
+    if takes_model:
+        parser.add_argument("model_tag", metavar="MODEL", help="A folder or hub name, as for vLLM.")
     module.add_arguments(parser)
-    EngineArgs.add_cli_args(parser)
+    if takes_model:
+        EngineArgs.add_cli_args(parser)
     arguments = parser.parse_args(argv)
-    arguments.model = arguments.model_tag
+    if takes_model:
+        arguments.model = arguments.model_tag
     arguments.argv = argv
     # A polite stop, whoever asks for it, keeps what was found.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

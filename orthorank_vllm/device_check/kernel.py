@@ -5,7 +5,7 @@ imported, so in a process of its own), which does not multiply bfloat16.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from orthorank_vllm.attention.sparse_kernel import (
     make_tiles,
     queries_per_tile,
 )
+from orthorank_vllm.device_check.findings import Finding
 from orthorank_vllm.plan import Batch, Ints
 
 SCALE = 0.15
@@ -192,3 +193,27 @@ CASES = {
     "fp8 pages": Case(MIXED, kv_heads=2, fp8="one scale", dtype="float16"),
     "fp8 pages, a scale for each head": Case(MIXED, kv_heads=2, fp8="per head", page=32),
 }
+
+
+# Of an output, whose values are about 1: half floats keep 11 bits, bfloat16 8.
+TOLERANCES = {"float32": 2e-6, "float16": 3e-3, "bfloat16": 2e-2}
+# What the interpreter is too slow for, or cannot compute.
+ON_A_GPU = {
+    "a long prompt's chunk": Case(
+        ((3000, 500, False), (0, 700, False)), heads=32, kv_heads=8, head_size=128
+    ),
+    "a long context that decodes": Case(((9000, 1, True),), heads=32, kv_heads=8, head_size=128),
+    "heads of 256": Case(((0, 300, False),), heads=8, kv_heads=4, head_size=256),
+}
+
+
+def check(device: str) -> list[Finding]:
+    """Every case, and those of half floats in bfloat16 too."""
+    cases = {**CASES, **ON_A_GPU}
+    for name, case in list(cases.items()):
+        if case.dtype == "float16" or name in ON_A_GPU:
+            cases[f"{name}, bfloat16"] = replace(case, dtype="bfloat16")
+    return [
+        Finding(f"kernel: {name}", run(case, device), TOLERANCES[case.dtype])
+        for name, case in cases.items()
+    ]

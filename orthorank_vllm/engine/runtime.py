@@ -79,7 +79,7 @@ class OrthoRank:
             for sink_row, layer in enumerate(ours)
         }
         self._fused = {}
-        self._attention = choose_way(
+        self.attention = choose_way(
             config.attention,
             [layer.attn.attn for layer in self._decoder.layers.values()],
             self._device.type,
@@ -93,7 +93,7 @@ class OrthoRank:
         )
         if not is_first_rank():
             return
-        logger.info("%s, attention: %s", config.describe(), self._attention.description)
+        logger.info("%s, attention: %s", config.describe(), self.attention.description)
         if self._device.type != "cpu":
             logger.warning(
                 "OrthoRank's path for GPUs has never run on one: before you rely on it, compare "
@@ -158,7 +158,7 @@ class OrthoRank:
             self._decoder,
             self._selective,
             self._sinks,
-            self._attention,
+            self.attention,
             plan,
             positions,
             stream,

@@ -15,13 +15,10 @@ from orthorank_vllm.attention import TRITON_FROM_CONTEXT, choose_way
 from orthorank_vllm.attention.gather import GatherAttention, StockAttention
 from orthorank_vllm.attention.sparse_kernel import make_tiles
 from orthorank_vllm.attention.triton import TritonAttention, window_of
-from orthorank_vllm.device_check.kernel import CASES
+from orthorank_vllm.device_check.kernel import CASES, TOLERANCES
 from orthorank_vllm.options import OptionError
 from orthorank_vllm.plan import Batch
 from tests.scripts import Script
-
-# Half floats keep 11 bits.
-TOLERANCES = {"float32": 2e-6, "float16": 3e-3}
 
 RUN_CASES = """
 from orthorank_vllm.device_check.kernel import CASES, run

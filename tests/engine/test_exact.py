@@ -257,7 +257,7 @@ def gathering(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with --orthorank-attention gather."""
     orthorank = engine.model.orthorank
     layers = [layer.attn.attn for layer in orthorank._decoder.layers.values()]
-    monkeypatch.setattr(orthorank, "_attention", choose_way("gather", layers, "cpu"))
+    monkeypatch.setattr(orthorank, "attention", choose_way("gather", layers, "cpu"))
 
 
 @pytest.mark.usefixtures("gathering")
