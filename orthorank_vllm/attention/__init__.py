@@ -107,7 +107,10 @@ def choose_way(asked: str, attention_layers: Sequence[Any], device: str) -> Atte
         return AttentionWay("triton", TritonAttention, gather.of_all)
 
     def by_length(batch: Batch, rows_per_request: Ints) -> QueryAttention:
-        if (batch.num_computed + batch.query_len).max() < TRITON_FROM_CONTEXT:
+        is_short = (batch.num_computed + batch.query_len).max() < TRITON_FROM_CONTEXT
+        # The first forward compiles the kernel, whatever its length: in Model Runner V2 that is
+        # one of vLLM's own at start-up, and no user waits for it.
+        if is_short and TritonAttention.has_run:
             return gather.of_some(batch, rows_per_request)
         return TritonAttention(batch, rows_per_request)
 

@@ -4,7 +4,7 @@
 the views that vLLM's own backends take (vllm/v1/attention/backends/{flash_attn,triton_attn}.py).
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.model_executor.layers.attention.attention import get_attention_context
@@ -48,7 +48,13 @@ def obstacle(attn: Any) -> str | None:
 
 
 class TritonAttention:
-    """See `QueryAttention`."""
+    """See `QueryAttention`.
+
+    Attributes:
+        has_run: whether the kernel has, and so is compiled, in this process.
+    """
+
+    has_run: ClassVar[bool] = False
 
     def __init__(self, batch: Batch, rows_per_request: Ints) -> None:
         """
@@ -74,6 +80,7 @@ class TritonAttention:
         query = query.view(-1, attn.num_heads, attn.head_size)
         if metadata is None:  # vLLM measures memory, and there is no cache yet
             return torch.zeros_like(query).flatten(1)
+        TritonAttention.has_run = True
         return attend(
             query,
             positions,

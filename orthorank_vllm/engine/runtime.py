@@ -30,7 +30,13 @@ SPARE_SINK_SLOTS = 64
 
 
 class OrthoRank:
-    """The resolved configuration, the sink table and the counts of one worker."""
+    """The resolved configuration, the sink table and the counts of one worker.
+
+    Attributes:
+        attention: how the layers of a sparse forward attend; may be replaced between forwards.
+        needs_model_state: Model Runner V2 has not yet asked for the model's state, which brings
+            it the plans.
+    """
 
     def __init__(self, vllm_config: Any, model: Any) -> None:
         """
@@ -60,8 +66,7 @@ class OrthoRank:
         self._metrics = worker_metrics(vllm_config) if is_first_rank() else None
         self._duplicates: torch.Tensor | None = None
         self._all_duplicates = LateCount()
-        # Of a GPU's server: vLLM asks for the model state, and sizes its KV cache by the memory
-        # that its first forward takes.
+        # There vLLM sizes its KV cache by the memory that its first forward takes.
         self._has_to_rehearse = self._device.type == "cuda"
         self.needs_model_state = bool(vllm_config.use_v2_model_runner)
         # Weights of layers that may yet become selective.
