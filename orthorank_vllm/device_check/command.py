@@ -4,9 +4,11 @@ Needs no model and no network: it makes small models with random weights, and Ll
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -71,18 +73,16 @@ def run(arguments: argparse.Namespace) -> int:
     for part in parts:
         print(f"{part} …", flush=True)
         start = time.monotonic()
-        answer = _run_part(part, folder / f"{part}.log", deadline - start)
+        answer, failure = _run_part(part, folder / f"{part}.log", deadline - start)
         took[part] = time.monotonic() - start
-        if isinstance(answer, str):
-            failures[part] = answer
-            continue
-        if found := findings_of(answer.get("findings", [])):
+        if failure is not None:
+            failures[part] = failure
+        if found := findings_of(answer["findings"]):
             findings[part] = found
-        speeds += [Speed(**speed) for speed in answer.get("speeds", [])]
+        speeds += [Speed(**speed) for speed in answer["speeds"]]
         # Whatever comes later, this is kept.
         results = _results(device, findings, speeds, failures, took)
         write_output(folder / "results.json", results)
-    write_output(folder / "results.json", _results(device, findings, speeds, failures, took))
     print(f"\n{device}, vLLM {version('vllm')}, orthorank-vllm {__version__}\n")
     print(table(findings, speeds, failures))
     print(f"wrote results.json and the parts' logs in {folder}")
@@ -111,10 +111,11 @@ def _device() -> str:
     return torch.cuda.get_device_name()
 
 
-def _run_part(part: str, log: Path, seconds: float) -> dict[str, Any] | str:
-    """A part's answer, or why there is none."""
+def _run_part(part: str, log: Path, seconds: float) -> tuple[dict[str, Any], str | None]:
+    """What a part found, and why that is not all, if it is not."""
+    answer: dict[str, Any] = {"findings": [], "speeds": []}
     if seconds <= 0:
-        return "no time was left; give more --seconds"
+        return answer, "no time was left; give more --seconds"
     environment = {
         **os.environ,
         # A function is called in the workers, and the small models' engines are looked into.
@@ -135,23 +136,22 @@ def _run_part(part: str, log: Path, seconds: float) -> dict[str, Any] | str:
             env=environment,
             start_new_session=True,
         )
+        failure = None
         try:
-            status = process.wait(timeout=seconds)
+            if process.wait(timeout=seconds) != 0:
+                failure = _last_words(log)
         except subprocess.TimeoutExpired:
-            return f"not done when the time was over; see {log}"
+            failure = f"not done when the time was over; see {log}"
         finally:
             _end(process)
-        if status == 0:
-            answer: dict[str, Any] = json.loads((Path(folder) / "answer.json").read_text())
-            return answer
-    return _last_words(log)
+        found = Path(folder) / "answer.json"
+        if found.exists():
+            answer = json.loads(found.read_text())
+    return answer, failure
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
     """The part, and the engines that it may have left."""
-    import contextlib
-    import signal
-
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -4,7 +4,7 @@ On a GPU as it is, elsewhere by Triton's interpreter (TRITON_INTERPRET=1, set be
 imported, so in a process of its own), which does not multiply bfloat16.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -207,13 +207,11 @@ ON_A_GPU = {
 }
 
 
-def check(device: str) -> list[Finding]:
+def check(device: str) -> Iterator[Finding]:
     """Every case, and those of half floats in bfloat16 too."""
     cases = {**CASES, **ON_A_GPU}
     for name, case in list(cases.items()):
         if case.dtype == "float16" or name in ON_A_GPU:
             cases[f"{name}, bfloat16"] = replace(case, dtype="bfloat16")
-    return [
-        Finding(f"kernel: {name}", run(case, device), TOLERANCES[case.dtype])
-        for name, case in cases.items()
-    ]
+    for name, case in cases.items():
+        yield Finding(name, run(case, device), TOLERANCES[case.dtype])

@@ -4,7 +4,7 @@ The engine runs in this process, so that its attention can be watched.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -129,7 +129,7 @@ class SmallModel:
         self._llm.reset_prefix_cache()
 
 
-def check_model(folder: str, device: str, dtype: str, **options: Any) -> list[Finding]:
+def check_model(folder: str, device: str, dtype: str, **options: Any) -> Iterator[Finding]:
     """
     Args:
         device: of torch, by its type.
@@ -137,15 +137,15 @@ def check_model(folder: str, device: str, dtype: str, **options: Any) -> list[Fi
     """
     model = SmallModel(folder, device, dtype, **options)
     kind = "fp8" if options.get("kv_cache_dtype") == "fp8" else dtype
-    findings = [*_ways_agree(model, kind), *_counts(model)]
+    yield _ways_agree(model, kind)
+    yield _counts(model)
     if kind != "fp8":
-        findings += _forwards_agree(model, kind)
+        yield from _forwards_agree(model, kind)
     if device == "cuda":
-        findings.append(_never_waits(model))
-    return findings
+        yield _never_waits(model)
 
 
-def _ways_agree(model: SmallModel, kind: str) -> list[Finding]:
+def _ways_agree(model: SmallModel, kind: str) -> Finding:
     """Every call of the selective layers and of the last, over chunks, decoding, cached pages."""
     found: list[torch.Tensor] = []
 
@@ -158,10 +158,10 @@ def _ways_agree(model: SmallModel, kind: str) -> list[Finding]:
     model.serve([prompt[:640] + model.prompts([300])[0] for prompt in prompts])
     worst = float(torch.stack(found).max())
     what = f"{model.ours.description} against gather, {len(found)} calls: largest difference"
-    return [Finding(what, worst, ATTENTION_TOLERANCES[kind])]
+    return Finding(what, worst, ATTENTION_TOLERANCES[kind])
 
 
-def _counts(model: SmallModel) -> list[Finding]:
+def _counts(model: SmallModel) -> Finding:
     """The share of the updates that the counters say was skipped, against the configured one."""
     counted: list[tuple[int, int, int]] = []
     model.orthorank.attention = model.gather
@@ -172,7 +172,7 @@ def _counts(model: SmallModel) -> list[Finding]:
     metrics.count = count
     _, updates, skipped = (sum(column) for column in zip(*counted, strict=True))
     difference = abs(skipped / (updates + skipped) - model.orthorank.config.ratio)
-    return [Finding("ratio counted against the configured one", difference, 0.02)]
+    return Finding("ratio counted against the configured one", difference, 0.02)
 
 
 def _forwards_agree(model: SmallModel, kind: str) -> list[Finding]:

@@ -1,12 +1,15 @@
 """`orthorank device-check` where there is no GPU, and its parts that need none."""
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from orthorank_vllm.device_check import command, part, shapes
+from orthorank_vllm.device_check.findings import Finding, Speed
 from orthorank_vllm.device_check.kernel import CASES, ON_A_GPU, TOLERANCES
 from tests.commands import refusal
 from tests.scripts import Script
@@ -49,6 +52,23 @@ def test_the_command_names_the_parts_that_there_are() -> None:
     assert tuple(part.PARTS) == command.PARTS
 
 
+def test_what_a_part_found_before_it_died_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(folder: Path, deadline: float) -> Iterator[Finding | Speed]:
+        yield Finding("first", 1.0, 2.0)
+        yield Speed("work", 100, {"stock": [1.0]})
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(part.PARTS, "speed", dies)
+    monkeypatch.setattr(sys, "argv", ["part", "speed", str(tmp_path), "60"])
+    with pytest.raises(RuntimeError):
+        part.main()
+    answer = json.loads((tmp_path / part.ANSWER).read_text())
+    assert [finding["what"] for finding in answer["findings"]] == ["first"]
+    assert [speed["tokens"] for speed in answer["speeds"]] == [100]
+
+
 def test_every_case_of_the_kernel_has_a_tolerance() -> None:
     assert {case.dtype for case in (CASES | ON_A_GPU).values()} <= set(TOLERANCES)
 
@@ -61,13 +81,16 @@ def test_a_part_that_dies_is_told_by_its_last_error(tmp_path: Path) -> None:
 
 def test_a_part_runs_in_a_process_of_its_own_and_its_failure_is_an_answer(tmp_path: Path) -> None:
     """Here because there is no GPU; there because of whatever it may be."""
-    answer = command._run_part("kernel", tmp_path / "kernel.log", seconds=100)
+    answer, failure = command._run_part("kernel", tmp_path / "kernel.log", seconds=100)
     if torch.cuda.is_available():
-        assert isinstance(answer, dict)
+        assert failure is None
+        assert answer["findings"]
     else:
-        assert isinstance(answer, str)
-        assert "Error" in answer
-    assert command._run_part("kernel", tmp_path / "late.log", seconds=0).startswith("no time")  # type: ignore[union-attr]
+        assert failure is not None
+        assert "Error" in failure
+        assert answer == {"findings": [], "speeds": []}
+    _, late = command._run_part("kernel", tmp_path / "late.log", seconds=0)
+    assert late == "no time was left; give more --seconds"
 
 
 def test_the_large_model_is_a_configuration_alone(tmp_path: Path) -> None:
