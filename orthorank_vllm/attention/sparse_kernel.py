@@ -21,7 +21,7 @@ KEYS = 64
 LEAST_KEYS = 16
 STAGES = 3
 WARPS = 8
-# Of shared memory in a multiprocessor that has little of it (an L4, an A10), in bytes.
+# For one program, in bytes, on GPUs that have little of it (an L4, an A10).
 SMALL_SHARED_MEMORY = 99 * 1024
 
 
@@ -104,7 +104,7 @@ def attend(
     group_size = query.shape[1] // kv_heads
     head_padded = max(triton.next_power_of_2(head_size), 16)
     rows = max(TILE_ROWS, triton.next_power_of_2(group_size))
-    keys, stages = _configuration(query, rows, head_padded)
+    keys, stages = loop_of(rows, head_padded * query.element_size(), _shared_memory(query.device))
     has_scales = cache.key_scale is not None and cache.value_scale is not None
     # A pointer has to be given in any case.
     key_scale = cache.key_scale if cache.key_scale is not None else query
@@ -144,18 +144,25 @@ def attend(
     return output
 
 
-def _configuration(query: torch.Tensor, rows: int, head_padded: int) -> tuple[int, int]:
-    """Keys of one step of the loop and stages of its pipeline: as many as shared memory holds."""
-    row_bytes = head_padded * query.element_size()
-    shared, stages = SMALL_SHARED_MEMORY, 2
-    if query.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(query.device)
-        shared = getattr(properties, "shared_memory_per_block_optin", SMALL_SHARED_MEMORY)
-        stages = STAGES if shared > 1.5 * SMALL_SHARED_MEMORY else 2
+def loop_of(rows: int, row_bytes: int, shared_memory: int) -> tuple[int, int]:
+    """Keys of one step of the loop over them, and stages of its pipeline: what there is room for.
+
+    Args:
+        row_bytes: of a query, and of a key or a value once it is as wide.
+        shared_memory: of one program, in bytes.
+    """
+    stages = STAGES if shared_memory > 1.5 * SMALL_SHARED_MEMORY else STAGES - 1
     keys = KEYS
-    while keys > LEAST_KEYS and (rows + 2 * stages * keys) * row_bytes > shared:
+    while keys > LEAST_KEYS and (rows + 2 * stages * keys) * row_bytes > shared_memory:
         keys //= 2
     return keys, stages
+
+
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return SMALL_SHARED_MEMORY
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", SMALL_SHARED_MEMORY))
 
 
 # Triton types a kernel's arguments itself, all that are not constexpr.
