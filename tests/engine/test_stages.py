@@ -40,13 +40,24 @@ def stage(start, end):
         parts["norm"] = whole.norm
     parts["embed_input_ids"] = whole.embed_input_ids if start == 0 else None
     made = OrthoRank(engine.llm.llm_engine.vllm_config, SimpleNamespace(**parts))
-    made._metrics = None
+    made._metrics = Counts()
     return made
 
+class Counts:
+    skipped = 0
+
+    def count(self, prefill_tokens, updates, skipped):
+        self.skipped += skipped
+
 class Pipeline:
+    has_to_rehearse = False
+
     def __init__(self):
         self.stages = [stage(0, first_of_second), stage(first_of_second, len(whole.layers))]
-        self.skipped = [0, 0]
+
+    @property
+    def skipped(self):
+        return [stage._metrics.skipped for stage in self.stages]
 
     def plan(self, batch):
         first, second = (stage.plan(batch) for stage in self.stages)
@@ -64,8 +75,6 @@ class Pipeline:
 
     def count(self, batch, plans):
         for index, stage in enumerate(self.stages):
-            if plans is not None:
-                self.skipped[index] += int(stage._skipped)
             stage.count(batch, plans and plans[index])
 
 pipeline = Pipeline()
@@ -83,7 +92,7 @@ skipped += sum(request.skipped for request in verdicts[-1].requests.values())
 # The tables forget, the prefix cache does not: what comes is computed densely.
 for made in pipeline.stages:
     made._sinks.clear()
-counted = list(pipeline.skipped)
+counted = pipeline.skipped
 unknown = Job(prompts[0] + prompts[1][-60:], want_prompt_logprobs=False)
 dense = Reference(model, Rule(()))
 for donor in donors:
