@@ -169,7 +169,7 @@ def test_a_plan_is_made_in_a_few_vector_operations(tokens: int) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "most"), [(8192, 256), (8193, 256), (16, 256), (1, 4), (3, 4)])
-def test_no_plan_of_as_many_tokens_selects_more_than_the_rehearsed_one(
+def test_the_rehearsed_plan_selects_no_less_than_that_of_one_prompt_as_long(
     tokens: int, most: int
 ) -> None:
     rehearsed = rehearsal_batch(tokens, most)
