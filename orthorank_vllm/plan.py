@@ -158,3 +158,15 @@ def make_plan(batch: Batch, keep: float, window: int) -> Plan | None:
         num_tokens=num_tokens,
         batch=batch,
     )
+
+
+def rehearsal_batch(num_tokens: int, most_requests: int) -> Batch:
+    """The batch of so many tokens that needs most memory: as many prompts as there can be.
+
+    Each of them rounds up what it selects, and is scored against a sink of its own.
+    """
+    requests = min(most_requests, max(num_tokens // 2, 1))
+    length = np.full(requests, num_tokens // requests, dtype=np.int64)
+    length[-1] += num_tokens % requests
+    nothing = np.zeros_like(length)
+    return Batch(nothing, length, length, first_token=nothing, is_read_whole=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from orthorank_vllm.plan import Plan
+from orthorank_vllm.plan import Ints, Plan
+from orthorank_vllm.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,17 @@ class Competition:
     winners: torch.Tensor
     always: torch.Tensor
 
-    @classmethod
-    def of(cls, plan: Plan, device: torch.device) -> "Competition":
+    @staticmethod
+    def arrays_of(plan: Plan) -> tuple[Ints, ...]:
+        """The attributes on the host, in order."""
         rank = plan.part << 32
         rank[plan.at_position_0] |= 1 << 31
         pair = plan.candidates * len(plan.requests) + plan.request
-        arrays = (plan.candidates, pair, rank, plan.winners, plan.always)
-        return cls(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
+        return plan.candidates, pair, rank, plan.winners, plan.always
+
+    @classmethod
+    def of(cls, plan: Plan, device: torch.device) -> "Competition":
+        return cls(*to_device(cls.arrays_of(plan), device))
 
 
 def score(stream: torch.Tensor, sinks: torch.Tensor, competition: Competition) -> torch.Tensor:

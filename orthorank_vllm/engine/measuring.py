@@ -37,9 +37,7 @@ class _Step:
     more than their residual streams, is held once.
     """
 
-    def __init__(
-        self, forwards: Sequence[Forward], chosen: Sequence[int], num_layers: int
-    ) -> None:
+    def __init__(self, forwards: Sequence[Forward], chosen: Sequence[int], num_layers: int) -> None:
         self._forwards = forwards
         self._chosen = frozenset(chosen)
         self._num_layers = num_layers
