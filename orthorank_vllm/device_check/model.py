@@ -4,7 +4,7 @@ The engine runs in this process, so that its attention can be watched.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -163,15 +163,20 @@ def _ways_agree(model: SmallModel, kind: str) -> Finding:
 
 def _counts(model: SmallModel) -> Finding:
     """The share of the updates that the counters say was skipped, against the configured one."""
-    counted: list[tuple[int, int, int]] = []
+    counted: list[tuple[int, int]] = []
     model.orthorank.attention = model.gather
-    metrics = model.orthorank._metrics
-    count = metrics.count
-    metrics.count = lambda *counts: counted.append(counts)
+    metrics = model.orthorank._counter.metrics
+    stock = metrics.count_updates
+
+    def count_updates(prompt_tokens: int, skipped: Mapping[int, int]) -> None:
+        counted.append((prompt_tokens, sum(skipped.values())))
+
+    metrics.count_updates = count_updates
     model.serve(model.prompts([3000, 2900]))
-    metrics.count = count
-    _, updates, skipped = (sum(column) for column in zip(*counted, strict=True))
-    difference = abs(skipped / (updates + skipped) - model.orthorank.config.ratio)
+    metrics.count_updates = stock
+    prompt_tokens, skipped = (sum(column) for column in zip(*counted, strict=True))
+    total = prompt_tokens * model.orthorank.config.num_layers
+    difference = abs(skipped / total - model.orthorank.config.ratio)
     return Finding("ratio counted against the configured one", difference, 0.02)
 
 

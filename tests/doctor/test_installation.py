@@ -134,5 +134,5 @@ def test_a_vllm_out_of_range_fails_and_says_what_is_supported(tmp_path: Path) ->
     result = examine_in(tmp_path)
     assert result.returncode == 1
     assert re.search(
-        r"^FAILED +vLLM +0.99.0\+cpu, .* works with <0.33,>=0.32\. ", result.stdout, re.M
+        r"^FAILED +vLLM +0.99.0\+cpu, .* works with <0.33,>=0.26\. ", result.stdout, re.M
     )

@@ -13,6 +13,7 @@ import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 
 from orthorank_vllm.engine.batches_v2 import RequestFacts, batch_of
+from orthorank_vllm.engine.counting import Seconds
 from orthorank_vllm.plan import Batch, make_plan
 
 SLOTS = 8
@@ -145,7 +146,8 @@ class Recorder:
     def plan(self, batch: Batch) -> Any:
         return make_plan(batch, 1 / 3, 128)
 
-    def count(self, batch: Batch, plan: Any) -> None:
+    def count(self, batch: Batch, plan: Any, seconds: Seconds) -> None:
+        assert min(seconds.plan, seconds.forward) > 0
         self.counted.append((batch, plan))
 
 
