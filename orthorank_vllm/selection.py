@@ -4,6 +4,7 @@ Rules 1 to 4 of README.md, "The selection rule"; arXiv 2507.03865, section 4,
 with windows added. Device tensors only, no synchronisation.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +38,31 @@ class Competition:
         return plan.candidates, pair, rank, plan.winners, plan.always
 
     @classmethod
+    def of_arrays(cls, plan: Plan, arrays: Sequence[torch.Tensor]) -> "Competition":
+        """
+        Args:
+            arrays: those of `arrays_of`, on the device.
+        """
+        return cls(*arrays)
+
+    @classmethod
     def of(cls, plan: Plan, device: torch.device) -> "Competition":
-        return cls(*to_device(cls.arrays_of(plan), device))
+        return cls.of_arrays(plan, to_device(cls.arrays_of(plan), device))
+
+    def rows(
+        self, stream: torch.Tensor, sink_rows: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """Rows to update, ascending: see `select`.
+
+        Args:
+            stream: [tokens, hidden] residual stream that enters the layer.
+            sink_rows: [capacity, hidden] states of position 0 there.
+            slots: [R] int64, each request's place among them.
+
+        Returns:
+            [plan.num_selected] int64.
+        """
+        return select(score(stream, sink_rows[slots], self), self)
 
 
 def score(stream: torch.Tensor, sinks: torch.Tensor, competition: Competition) -> torch.Tensor:

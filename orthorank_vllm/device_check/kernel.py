@@ -17,7 +17,10 @@ from orthorank_vllm.attention.sparse_kernel import (
     queries_per_tile,
 )
 from orthorank_vllm.device_check.findings import Finding
-from orthorank_vllm.plan import Batch, Ints
+from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_WINDOW
+from orthorank_vllm.plan import Batch, Ints, make_plan
+from orthorank_vllm.selection import Competition
+from orthorank_vllm.selection_kernels import PartedCompetition
 
 SCALE = 0.15
 
@@ -207,8 +210,25 @@ ON_A_GPU = {
 }
 
 
+def selection_differs(device: str, tokens: int = 8192, hidden: int = 4096) -> float:
+    """The share of the rows that the selection's kernels choose and the sort does not."""
+    zero, length = np.zeros(1, dtype=np.int64), np.full(1, tokens, dtype=np.int64)
+    plan = make_plan(Batch(zero, length, length, zero), DEFAULT_KEEP, DEFAULT_WINDOW)
+    assert plan is not None
+    torch.manual_seed(0)
+    stream = torch.randn(tokens, hidden, dtype=torch.bfloat16).to(device)
+    slots = torch.zeros(1, dtype=torch.int64, device=device)
+    chosen = []
+    for kind in (PartedCompetition, Competition):
+        arrays = [torch.from_numpy(array).to(device) for array in kind.arrays_of(plan)]
+        chosen.append(set(kind.of_arrays(plan, arrays).rows(stream, stream[:1], slots).tolist()))
+    return len(chosen[0] - chosen[1]) / plan.num_selected
+
+
 def check(device: str) -> Iterator[Finding]:
-    """Every case, and those of half floats in bfloat16 too."""
+    """Every case, and those of half floats in bfloat16 too; and the selection."""
+    # Two scores may be equal but for the order of their sums.
+    yield Finding("selection against a sort: rows that differ", selection_differs(device), 2e-3)
     cases = {**CASES, **ON_A_GPU}
     for name, case in list(cases.items()):
         if case.dtype == "float16" or name in ON_A_GPU:

@@ -6,7 +6,9 @@ Works on vLLM's own modules from outside: the compiled model is not entered and
 no layer is replaced, so the dense path stays bit-identical to stock vLLM.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,9 +20,26 @@ from orthorank_vllm.engine.parts import Decoder, DecoderLayer
 from orthorank_vllm.engine.projections import SplitWeight, project
 from orthorank_vllm.engine.ranks import of_first_rank
 from orthorank_vllm.engine.sinks import SinkTable
-from orthorank_vllm.plan import Plan
-from orthorank_vllm.selection import Competition, score, select
+from orthorank_vllm.plan import Ints, Plan
+from orthorank_vllm.selection import Competition
 from orthorank_vllm.transfer import to_device
+
+
+class AnyCompetition(Protocol):
+    """One of `selection.Competition` and `selection_kernels.PartedCompetition`."""
+
+    @staticmethod
+    def arrays_of(plan: Plan) -> tuple[Ints, ...]:
+        """What is needed of it on the device."""
+
+    @classmethod
+    def of_arrays(cls, plan: Plan, arrays: Sequence[torch.Tensor]) -> "AnyCompetition":
+        """Of these, once they are there."""
+
+    def rows(
+        self, stream: torch.Tensor, sink_rows: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Competition.rows`."""
 
 
 @dataclass
@@ -50,7 +69,7 @@ class Step:
         sink_hits, sink_misses: see `Outcome`.
     """
 
-    competition: Competition
+    competition: AnyCompetition
     attention: QueryAttention
     dense_attention: QueryAttention
     sink_slots: torch.Tensor
@@ -173,7 +192,8 @@ def _start_step(
     # No request whose position 0 is in the batch has a missing token.
     sink_misses = sum(token in missing for token in tokens)
     slot_of_token = dict(zip(tokens, slots, strict=True))
-    competition = Competition.arrays_of(plan)
+    kind = _kind_of_competition(plan, device)
+    competition = kind.arrays_of(plan)
     others = (
         np.array(slots, dtype=np.int64),
         plan.sink_row[in_batch],
@@ -187,7 +207,7 @@ def _start_step(
     if missing:
         sinks.rows.index_copy_(1, lost_slots, sink_states(decoder, selective, lost))
     return Step(
-        competition=Competition(*on_device[: len(competition)]),
+        competition=kind.of_arrays(plan, on_device[: len(competition)]),
         attention=attention.of_some(plan.batch, plan.selected_per_request),
         dense_attention=attention.of_all(plan.batch),
         sink_slots=sink_slots,
@@ -198,6 +218,14 @@ def _start_step(
         sink_hits=len(tokens) - len(in_batch) - sink_misses,
         sink_misses=sink_misses,
     )
+
+
+def _kind_of_competition(plan: Plan, device: torch.device) -> type[AnyCompetition]:
+    if device.type == "cpu":
+        return Competition
+    from orthorank_vllm.selection_kernels import LARGEST_WINDOW, PartedCompetition
+
+    return PartedCompetition if 0 < plan.window <= LARGEST_WINDOW else Competition
 
 
 def _dense_layer(
@@ -237,8 +265,7 @@ def _selective_layer(
     """
     normed, stream = add_and_norm(layer.input_norm, stream, delta)
     sink_rows.index_copy_(0, step.fresh_slots, stream[step.fresh_rows])
-    scores = score(stream, sink_rows[step.sink_slots], step.competition)
-    rows = of_first_rank(select(scores, step.competition))
+    rows = of_first_rank(step.competition.rows(stream, sink_rows, step.sink_slots))
     step.selected.append(rows)
     return _update(layer, step.attention, rows, split, positions, stream, normed)
 
