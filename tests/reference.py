@@ -31,6 +31,7 @@ class Rule:
     layers: tuple[int, ...]
     keep: float = 1 / 3
     window: int = 128  # 0: the whole prompt is one window
+    cache_dtype: torch.dtype | None = None  # of K and V, 8 bits; None: as computed
 
 
 class Reference:
@@ -67,7 +68,10 @@ class Reference:
         """K, rotated, and V [G, T, D] of `normed` [T, hidden] at `positions` [T]."""
         keys = self._project(layer.self_attn, "k", normed)
         values = self._project(layer.self_attn, "v", normed)
-        return self._rotate(keys, positions), values
+        keys = self._rotate(keys, positions)
+        if self.rule.cache_dtype is not None:
+            keys, values = (_towards_zero(each, self.rule.cache_dtype) for each in (keys, values))
+        return keys, values
 
     def update(
         self,
@@ -145,6 +149,14 @@ class Reference:
         # It rotates a query and a key at once; here they are not of the same tokens.
         turned = apply_rotary_pos_emb(turned[None], turned[None], cos, sin)[0][0]
         return torch.cat([turned, rest], dim=-1)
+
+
+def _towards_zero(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The nearest numbers of an 8-bit type that are not larger: what vLLM's CPU kernel stores."""
+    stored = torch.arange(128, dtype=torch.uint8).view(dtype).float()
+    stored = stored[stored.isfinite()]
+    below = torch.searchsorted(stored, numbers.abs().contiguous(), right=True) - 1
+    return stored[below] * numbers.sign()
 
 
 class Request:

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.attention.attention import (
 )
 
 from orthorank_vllm.attention import blocks
-from orthorank_vllm.attention.pages import write_kv
+from orthorank_vllm.attention.pages import is_quantised, write_kv
 from orthorank_vllm.plan import Batch, Ints
 from orthorank_vllm.versions import cpu_isa
 
@@ -59,7 +59,7 @@ class CpuAttention:
         write_kv(attn, key, value)
         query = query.view(-1, attn.num_heads, attn.head_size)
         output = torch.empty_like(query)
-        if not self._whole or not blocks.is_plain(attn):
+        if not self._whole or not blocks.is_plain(attn) or is_quantised(attn):
             if self._is_dense:
                 # What `attn` itself calls, without the dispatcher between, which costs as
                 # much as a small batch's arithmetic.
@@ -101,6 +101,9 @@ class _Runs:
         key_cache, value_cache = kv_cache.view(
             kv_cache.shape[0], kv_cache.shape[1], 2 * kv_cache.shape[2], -1
         ).chunk(2, dim=2)
+        # Only where it is needed: 0.26 has no such argument.
+        dtype = {"kv_cache_dtype": impl.kv_cache_dtype} if is_quantised(attn) else {}
+        scales = {"k_scale": attn._k_scale_float, "v_scale": attn._v_scale_float} if dtype else {}
         ops.cpu_attention_with_kv_cache(
             query=query,
             key_cache=key_cache,
@@ -126,8 +129,11 @@ class _Runs:
                 sliding_window_size=impl.sliding_window,
                 isa=cpu_isa(attn),
                 enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+                **dtype,
             ),
             s_aux=impl.sinks,
+            **dtype,
+            **scales,
         )
 
     def _cut(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from orthorank_vllm.attention import AttentionWay, QueryAttention
-from orthorank_vllm.attention.pages import write_kv
+from orthorank_vllm.attention.pages import read_back, write_kv
 from orthorank_vllm.engine.kernels import add_and_norm
 from orthorank_vllm.engine.parts import Decoder, DecoderLayer
 from orthorank_vllm.engine.projections import SplitWeight, project
@@ -149,7 +149,7 @@ def sink_states(
 
     Only for a decoder that is the whole model.
 
-    Attention over a single key returns its value, so no KV cache is touched.
+    Attention over a single key returns its value, as the KV cache would hold it; none is touched.
 
     Args:
         tokens: [M] int64.
@@ -168,7 +168,8 @@ def sink_states(
             continue
         attn = layer.attn
         qkv, _ = attn.qkv_proj(normed)
-        value = qkv[:, -attn.kv_size :].unflatten(-1, (attn.num_kv_heads, attn.head_dim))
+        value = read_back(attn.attn, qkv[:, -attn.kv_size :])
+        value = value.unflatten(-1, (attn.num_kv_heads, attn.head_dim))
         per_head = value.repeat_interleave(attn.num_heads // attn.num_kv_heads, dim=1)
         delta = layer.after_attention(per_head.flatten(1))
         normed, stream = add_and_norm(layer.post_norm, stream, delta)

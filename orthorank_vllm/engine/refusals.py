@@ -14,6 +14,11 @@ from orthorank_vllm.versions import uses_micro_batches, uses_sequence_parallelis
 
 # Proposers whose drafts do not come from the target's hidden states.
 SPECULATION_WITHOUT_DRAFT_MODEL = ("ngram", "ngram_gpu", "suffix")
+# Those that `attention.pages.read_back` knows.
+READ_BACK_KV_CACHE_DTYPES = (
+    *("auto", "float32", "float16", "bfloat16"),
+    *("fp8", "fp8_e4m3", "fp8_e5m2"),
+)
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,7 @@ def _device(vllm_config: Any) -> object:
 
 def _kv_cache_dtype(vllm_config: Any) -> object:
     dtype = vllm_config.cache_config.cache_dtype
-    is_quantised = dtype not in ("auto", "float32", "float16", "bfloat16")
-    return dtype if is_quantised and vllm_config.device_config.device_type == "cpu" else None
+    return None if dtype in READ_BACK_KV_CACHE_DTYPES else dtype
 
 
 def _model_setting(name: str) -> Callable[[Any], object]:
@@ -188,7 +192,11 @@ REFUSALS = (
         lambda c: c.kv_transfer_config and c.kv_transfer_config.kv_connector,
         "connectors hook the stock attention, which a selective layer does not call",
     ),
-    Refusal("--kv-cache-dtype", _kv_cache_dtype, "on CPU K and V are read back unquantised"),
+    Refusal(
+        "--kv-cache-dtype",
+        _kv_cache_dtype,
+        "what such a cache makes of the sink's V is not known here; auto and fp8 work",
+    ),
     Refusal(
         "--calculate-kv-scales",
         lambda c: getattr(c.cache_config, "calculate_kv_scales", False) or None,

@@ -253,16 +253,16 @@ def test_other_keeps_and_windows_equal_the_reference(
 
 
 def test_counts_are_those_of_the_reference(
-    engine: Engine, reference: Reference, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, reference: Reference, prompts: Prompts
 ) -> None:
     """Break seen: a last token that also won counted twice."""
-    counted: list[tuple[int, int, int]] = []
-    metrics = engine.model.orthorank._metrics
-    monkeypatch.setattr(metrics, "count", lambda *counts: counted.append(counts))
+    names = ("prefill_tokens", "token_updates", "token_updates_skipped")
+    before = [counted(f"orthorank_{name}_total") for name in names]
     jobs = [Job(prompts.take(length), max_tokens=5) for length in (250, 1, 130, 33)]
     verdict = check(engine.run(jobs, budget=lambda step: 140), reference)
+    after = [counted(f"orthorank_{name}_total") for name in names]
+    tokens, updates, skipped = (now - then for now, then in zip(after, before, strict=True))
     requests = verdict.requests.values()
-    tokens, updates, skipped = (sum(column) for column in zip(*counted, strict=True))
     assert tokens == sum(len(job.prompt) for job in jobs)
     assert updates == sum(request.updates for request in requests)
     assert skipped == sum(request.skipped for request in requests)

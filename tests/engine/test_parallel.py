@@ -24,10 +24,10 @@ from tests.replay import Engine, Job, replay
 path, ranks, rule, prompts, spoiled_prompts = arguments
 
 def spoil(worker):
-    from orthorank_vllm.engine import forward
+    from orthorank_vllm import selection
     if worker.rank:
-        stock = forward.score
-        forward.score = lambda *given: 1 - stock(*given)
+        stock = selection.score
+        selection.score = lambda *given: 1 - stock(*given)
     return worker.rank
 
 engine = Engine(

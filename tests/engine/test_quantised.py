@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import Prompts
 from tests.models import WEIGHT_ONLY, write_w8a8
@@ -41,15 +43,22 @@ OPTIONS = {
     "hf_overrides": {"quantization_config_dict_json": json.dumps(WEIGHT_ONLY)},
 }
 # Means of |differences| of a prompt's log-probabilities: dense and sparse, engine and reference.
+# And of the sink's state in the batch, and recomputed.
 SERVE_ROUNDED = """
 import torch
 from transformers import AutoModelForCausalLM
+from orthorank_vllm.engine.forward import sink_states
 from tests.models import with_int8_layers
 from tests.reference import Reference, Rule
 from tests.replay import Engine, Job
-path, float_path, rule, prompt = arguments
-engine = Engine(path, enforce_eager=True, max_model_len=1024, additional_config={"orthorank": rule})
-model = with_int8_layers(AutoModelForCausalLM.from_pretrained(float_path, dtype=torch.float32))
+path, float_path, rule, options, prompt = arguments
+engine = Engine(
+    path, enforce_eager=True, max_model_len=1024, additional_config={"orthorank": rule}, **options
+)
+model = AutoModelForCausalLM.from_pretrained(float_path, dtype=torch.float32)
+if path != float_path:
+    model = with_int8_layers(model)
+cache_dtype = torch.float8_e4m3fn if options else None
 
 def served():
     job = Job(prompt)
@@ -58,24 +67,39 @@ def served():
     return torch.tensor([entry[token].logprob for entry, token in zip(told, prompt[1:])])
 
 def computed(*layers):
-    log_probs = Reference(model, Rule(layers)).start(prompt).forward(0, len(prompt))[:-1]
+    reference = Reference(model, Rule(layers, cache_dtype=cache_dtype))
+    log_probs = reference.start(prompt).forward(0, len(prompt))[:-1]
     return log_probs.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
 
 def mean(first, second):
     return float((first - second).abs().mean())
 
 sparse = served()
-method = engine.model.model.layers[0].self_attn.qkv_proj.quant_method
+orthorank = engine.model.orthorank
+[slot], _ = orthorank._sinks.reserve(prompt[:1])
+met = orthorank._sinks.rows[:, slot]
+recomputed = sink_states(orthorank._decoder, orthorank._selective, torch.tensor(prompt[:1]))[:, 0]
+layer = engine.model.model.layers[0].self_attn
 engine.llm.reset_prefix_cache()
-engine.model.orthorank.plan = lambda batch: None
+orthorank.plan = lambda batch: None
 dense = served()
 answer({
     "dense": mean(dense, computed()),
     "sparse": mean(sparse, computed(*rule["layers"])),
     "apart": mean(sparse, dense),
-    "method": type(method).__name__,
+    "sink": float((met - recomputed).norm() / met.norm()),
+    "method": type(layer.qkv_proj.quant_method).__name__,
+    "cache": str(layer.attn.kv_cache.dtype),
 })
 """
+
+
+def check_near(answer: dict[str, Any]) -> None:
+    """Near alone: a number between two that can be stored is rounded by float noise, in stock
+    vLLM too, and the rounded ones decide which tokens are selected."""
+    assert answer["dense"] < answer["apart"] / 20
+    assert answer["sparse"] < answer["apart"] / 20
+    assert answer["sink"] < 0.01
 
 
 def test_eight_bit_weights_equal_the_reference(small_model_path: str, prompts: Prompts) -> None:
@@ -90,10 +114,19 @@ def test_eight_bit_weights_equal_the_reference(small_model_path: str, prompts: P
 def test_eight_bit_activations_stay_near_the_reference(
     small_model_path: str, prompts: Prompts, tmp_path: Path
 ) -> None:
-    """Near alone: an activation between two whole numbers is rounded by float noise, stock
-    vLLM's too, and the rounded ones decide which tokens are selected."""
     path = write_w8a8(small_model_path, tmp_path / "w8a8")
-    answer = Script(SERVE_ROUNDED, path, small_model_path, RULE, prompts.take(300)).answer
+    answer = Script(SERVE_ROUNDED, path, small_model_path, RULE, {}, prompts.take(300)).answer
     assert answer["method"] == "CompressedTensorsLinearMethod"
-    assert answer["dense"] < answer["apart"] / 20
-    assert answer["sparse"] < answer["apart"] / 20
+    check_near(answer)
+
+
+@pytest.mark.skipif(
+    not torch.cpu._is_avx512_supported(), reason="vLLM's fp8 KV cache on CPU needs AVX-512"
+)
+def test_an_eight_bit_kv_cache_stays_near_the_reference(
+    small_model_path: str, prompts: Prompts
+) -> None:
+    path, options = small_model_path, {"kv_cache_dtype": "fp8"}
+    answer = Script(SERVE_ROUNDED, path, path, RULE, options, prompts.take(300)).answer
+    assert answer["cache"] == "torch.uint8"
+    check_near(answer)
