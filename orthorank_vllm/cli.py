@@ -1,5 +1,6 @@
 """The command `orthorank`."""
 
+import argparse
 import importlib
 import os
 import signal
@@ -12,10 +13,12 @@ from orthorank_vllm import __version__
 from orthorank_vllm.options import OptionError
 
 # Name: module with `add_arguments(parser)` and `run(arguments) -> exit status`, and what it does.
+# All but the last take a model, and vLLM's options.
 COMMANDS = {
     "calibrate": ("orthorank_vllm.calibrate.command", "choose a model's layers by measurement"),
     "evaluate": ("orthorank_vllm.evaluate.command", "measure what a ratio costs in quality"),
     "bench": ("orthorank_vllm.bench.command", "measure what a ratio gains in speed"),
+    "doctor": ("orthorank_vllm.doctor.command", "check this installation, or a running server"),
 }
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -38,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     _quieten_vllm()
     try:
-        return _run(name, argv[1:])
+        return _examine(argv[1:]) if name == "doctor" else _run(name, argv[1:])
     except OptionError as error:
         print(f"orthorank {name}: error: {error}", file=sys.stderr)
         return 2
@@ -71,6 +74,14 @@ def _run(name: str, argv: list[str]) -> int:
     return int(module.run(arguments))
 
 
+def _examine(argv: list[str]) -> int:
+    # Not vLLM's parser: this has to work where vLLM does not.
+    module: Any = importlib.import_module(COMMANDS["doctor"][0])
+    parser = argparse.ArgumentParser(prog="orthorank doctor", description=module.__doc__)
+    module.add_arguments(parser)
+    return int(module.run(parser.parse_args(argv)))
+
+
 def _quieten_vllm() -> None:
     # Its start-up lines would bury the progress bar. Read when vLLM is imported.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -81,5 +92,5 @@ def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
-        ["usage: orthorank COMMAND MODEL [options]", "", *lines, "", "orthorank COMMAND --help"]
+        ["usage: orthorank COMMAND [MODEL] [options]", "", *lines, "", "orthorank COMMAND --help"]
     )

@@ -12,6 +12,7 @@ from orthorank_vllm.profiles import Profile, ProfileError, find_profile, read_pr
 # ones (which form the prediction) stay dense.
 UNMEASURED_DENSE_HEAD = 3
 UNMEASURED_DENSE_TAIL = 2
+UNMEASURED = "even spacing (not measured)"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,6 @@ class OrthoRankConfig:
     layers: tuple[int, ...]
     num_layers: int
     source: str
-    measured: bool = True
     to_choose: int = 0
     calibrate_seconds: float = 0.0
 
@@ -37,6 +37,11 @@ class OrthoRankConfig:
     def ratio(self) -> float:
         """The ratio reached: the fraction of token-layer updates that prefill skips."""
         return len(self.layers) * (1 - self.keep) / self.num_layers
+
+    @property
+    def measured(self) -> bool:
+        """Whether the layers were measured, or given by hand."""
+        return is_measured(self.source)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON types only: vLLM hashes its additional_config by `json.dumps`."""
@@ -46,13 +51,9 @@ class OrthoRankConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "OrthoRankConfig":
         return cls(**{**values, "layers": tuple(values["layers"])})
 
-    def with_layers(
-        self, layers: Sequence[int], source: str, measured: bool = True
-    ) -> "OrthoRankConfig":
+    def with_layers(self, layers: Sequence[int], source: str) -> "OrthoRankConfig":
         """The same with its layers chosen."""
-        return replace(
-            self, layers=tuple(sorted(layers)), source=source, measured=measured, to_choose=0
-        )
+        return replace(self, layers=tuple(sorted(layers)), source=source, to_choose=0)
 
     def evenly_spaced(self) -> "OrthoRankConfig":
         """The same with layers that nothing was measured for.
@@ -62,7 +63,7 @@ class OrthoRankConfig:
         """
         assert self.ratio_asked is not None
         layers = _evenly_spaced(self.ratio_asked, self.to_choose, self.num_layers)
-        return self.with_layers(layers, "even spacing (not measured)", measured=False)
+        return self.with_layers(layers, UNMEASURED)
 
     def describe(self) -> str:
         """The start-up line."""
@@ -73,6 +74,11 @@ class OrthoRankConfig:
             f"{len(self.layers)} of {self.num_layers} layers selective "
             f"[{','.join(map(str, self.layers))}], chosen by {self.source}"
         )
+
+
+def is_measured(source: str) -> bool:
+    """`OrthoRankConfig.measured`, where only the source is known."""
+    return source != UNMEASURED
 
 
 def resolve(options: Options, model: Mapping[str, Any], cache_root: str) -> OrthoRankConfig:

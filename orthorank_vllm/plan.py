@@ -6,6 +6,7 @@ The rule is numbered as in README.md, "The selection rule".
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,7 @@ class Batch:
     first_token: Ints
     is_read_whole: bool = False
 
-    @property
+    @cached_property
     def prompt_tokens(self) -> Ints:
         """How many of each request's computed tokens belong to its prompt (rule 5)."""
         return np.clip(self.prompt_len - self.num_computed, 0, self.query_len)

@@ -7,6 +7,7 @@ function below says why the patch is needed and what breaks it.
 import functools
 import importlib
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from orthorank_vllm.engine.architectures import ORTHORANK_OF
@@ -61,18 +62,23 @@ def require_seams(seams: tuple[str, ...]) -> None:
     Raises:
         RuntimeError: names the first seam that this vLLM lacks.
     """
+    for seam, error in missing_seams(seams):
+        from importlib.metadata import version
+
+        raise RuntimeError(
+            f"orthorank-vllm cannot work with vLLM {version('vllm')}: it lacks {seam} ({error}). "
+            "Install a vLLM that orthorank-vllm's README lists, or uninstall orthorank-vllm."
+        )
+
+
+def missing_seams(seams: Sequence[str]) -> Iterator[tuple[str, Exception]]:
+    """Those that this vLLM lacks, and what looking for them raised."""
     for seam in seams:
         module, _, path = seam.partition(":")
         try:
             functools.reduce(getattr, path.split("."), importlib.import_module(module))
         except (ImportError, AttributeError) as error:
-            from importlib.metadata import version
-
-            raise RuntimeError(
-                f"orthorank-vllm cannot work with vLLM {version('vllm')}: it lacks {seam} "
-                f"({error}). Install a vLLM that orthorank-vllm's README lists, or uninstall "
-                "orthorank-vllm."
-            ) from None
+            yield seam, error
 
 
 def _add_flags() -> None:

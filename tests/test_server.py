@@ -4,18 +4,9 @@ The engine runs in a process of its own and the model is compiled, as a user has
 """
 
 import json
-import os
-import re
 import signal
-import socket
-import subprocess
-import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,82 +15,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from orthorank_vllm import __version__
 from tests.conftest import Prompts
 from tests.reference import Reference, Request, Rule
 from tests.replay import SAFE_MARGIN, TOLERANCE
+from tests.servers import NAME, Server, serving
 
 pytestmark = pytest.mark.server
 
-NAME = "smollm2"
 RATIO = 0.3
 LAYERS = (3, 4, 5, 6, 7, 12, 13, 14, 15, 16, 17, 18, 25, 26)
-START_SECONDS = 300
-
-
-def environment() -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    return {**kept, "VLLM_LOGGING_LEVEL": "INFO"}
-
-
-@dataclass
-class Server:
-    process: subprocess.Popen[bytes]
-    url: str
-    log: Path
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none")
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(self.url + path, timeout=10) as response:
-            return str(response.read().decode())
-
-    def metric(self, name: str) -> float:
-        pattern = rf'^{name}{{engine="0",model_name="{NAME}"}} (\S+)$'
-        found = re.search(pattern, self.get("/metrics"), re.MULTILINE)
-        assert found, f"{name} is not on /metrics"
-        return float(found[1])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
 def server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "log"
-    port = free_port()
-    command = [Path(sys.executable).parent / "vllm", "serve", model_path]
-    command += ["--served-model-name", NAME, "--dtype", "float32", "--max-model-len", "2048"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--orthorank-ratio", str(RATIO)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [str(part) for part in command], stdout=output, stderr=output, env=environment()
-        )
-    running = Server(process, f"http://127.0.0.1:{port}", log)
-    try:
-        wait_until_healthy(running)
+    folder = tmp_path_factory.mktemp("server")
+    with serving(model_path, folder, "--orthorank-ratio", str(RATIO)) as running:
         yield running
-    finally:
-        process.kill()
-        process.wait()
-
-
-def wait_until_healthy(server: Server) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if server.process.poll() is not None:
-            pytest.fail(f"the server ended:\n{server.log.read_text()[-4000:]}")
-        try:
-            server.get("/health")
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.5)
-        else:
-            return
-    pytest.fail(f"not healthy after {START_SECONDS} s:\n{server.log.read_text()[-4000:]}")
 
 
 @pytest.fixture(scope="module")
@@ -190,22 +122,78 @@ def test_a_streamed_chat_is_the_same_as_a_whole_one(server: Server) -> None:
     assert "".join(streamed) == whole
 
 
+COUNTERS = (
+    "prefill_tokens",
+    "token_updates",
+    "token_updates_skipped",
+    "layer_token_updates",
+    "layer_token_updates_skipped",
+    "flops_saved",
+    "step_prefill_tokens",
+    "step_prefill_seconds",
+)
+
+
+def counted(server: Server) -> dict[str, float]:
+    """Each counter's value by its name, with the label that it has beside vLLM's."""
+    return {
+        " ".join([name, *labels.values()]): value
+        for name in COUNTERS
+        for labels, value in server.samples(f"orthorank_{name}_total")
+    }
+
+
 def test_the_counts_on_metrics_are_exact(
     server: Server, reference: Reference, prompts: Prompts
 ) -> None:
     """The engine is another process."""
-    names = ["prefill_tokens", "token_updates", "token_updates_skipped"]
-    before = [server.metric(f"orthorank_{name}_total") for name in names]
+    before = counted(server)
     prompt = prompts.take(334)[1:]  # no other test's, so nothing of it is cached
     server.client.completions.create(model=NAME, prompt=prompt, max_tokens=4, temperature=0)
-    after = [server.metric(f"orthorank_{name}_total") for name in names]
+    more = {name: value - before[name] for name, value in counted(server).items()}
     request, _ = reference_logprobs(reference, prompt, [0])
-    counted = [later - earlier for earlier, later in zip(before, after, strict=True)]
-    assert counted == [len(prompt), request.updates, request.skipped]
+    assert more["prefill_tokens"] == more["step_prefill_tokens sparse"] == len(prompt)
+    assert more["token_updates"] == request.updates
+    assert more["token_updates_skipped"] == request.skipped
+    by_layer = [more[f"layer_token_updates_skipped {layer}"] for layer in range(30)]
+    assert {layer for layer, skipped in enumerate(by_layer) if skipped} == set(LAYERS)
+    assert sum(by_layer) == request.skipped
+    for layer, skipped in enumerate(by_layer):
+        assert more[f"layer_token_updates {layer}"] == len(prompt) - skipped
+    assert more["step_prefill_tokens stock"] == 0
+    assert more["step_prefill_seconds sparse"] > 0
+    # At least the MLP of each skipped update, at most everything that its layer computes.
+    assert 1 < more["flops_saved"] / (request.skipped * 2 * 576 * 1536 * 3) < 2
+
+
+def test_decoding_counts_as_stock_steps(server: Server) -> None:
+    def steps(path: str) -> float:
+        return server.metric("orthorank_step_duration_seconds_count", path=path)
+
+    before = steps("sparse"), steps("stock")
+    server.client.completions.create(
+        model=NAME, prompt=list(range(1000, 1200)), max_tokens=5, extra_body={"ignore_eos": True}
+    )
+    assert steps("sparse") - before[0] == 1
+    assert steps("stock") - before[1] >= 4
+
+
+def test_metrics_say_what_is_run(server: Server) -> None:
+    assert server.metric("orthorank_active") == 1
+    [(labels, value)] = server.samples("orthorank_config_info")
+    assert value == 1
+    assert labels == {
+        "keep": "0.3333",
+        "window": "128",
+        "layers": ",".join(map(str, LAYERS)),
+        "chosen_by": "profile SmolLM2-135M-Instruct",
+        "version": __version__,
+    }
+    assert server.metric("orthorank_ratio_asked") == RATIO
+    assert server.metric("orthorank_ratio_configured") == pytest.approx(14 / 30 * 2 / 3)
 
 
 def test_vllms_own_metrics_stay(server: Server) -> None:
-    assert server.metric("orthorank_active") == 1
     assert server.metric("vllm:prompt_tokens_total") > 0
 
 

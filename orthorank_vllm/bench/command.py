@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from orthorank_vllm import __version__
 from orthorank_vllm.bench.asked import Asked, add_arguments
-from orthorank_vllm.bench.ideal import Shapes
 from orthorank_vllm.bench.pairs import Round, measure_rounds
 from orthorank_vllm.bench.prompts import Prompt, Prompts
 from orthorank_vllm.bench.pruned import write_pruned
@@ -32,6 +31,7 @@ from orthorank_vllm.bench.workloads import Workload, plan_workloads
 from orthorank_vllm.config import selective_count
 from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_WINDOW, OptionError
 from orthorank_vllm.outputs import write_output
+from orthorank_vllm.shapes import Shapes
 from orthorank_vllm.treatment import Treatment
 
 __all__ = ["add_arguments", "run"]

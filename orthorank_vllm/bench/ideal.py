@@ -1,87 +1,38 @@
 """What a ratio could gain at most: counted from the model's shapes."""
 
-from dataclasses import dataclass, replace
-from typing import Any
-
 import numpy as np
 
 from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_WINDOW
 from orthorank_vllm.plan import Batch, make_plan
+from orthorank_vllm.shapes import Shapes
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """The sizes of a model like Llama.
+def prefill(
+    shapes: Shapes,
+    tokens: int,
+    selective: int = 0,
+    keep: float = DEFAULT_KEEP,
+    window: int = DEFAULT_WINDOW,
+    is_read_whole: bool = False,
+) -> float:
+    """Floating-point operations of one prompt.
 
-    Attributes:
-        intermediate: of one expert, where there are experts.
-        experts, experts_per_token: 1 and 1 for a dense MLP.
+    Args:
+        selective: how many layers are; with any, the last layer (taken to be a
+            dense one) computes only what is read.
+        is_read_whole: see `plan.Batch`.
     """
+    if not selective:
+        return shapes.layers * _layer(shapes, tokens, tokens) + shapes.head
+    last = _layer(shapes, tokens, tokens if is_read_whole else 1)
+    dense = (shapes.layers - selective - 1) * _layer(shapes, tokens, tokens)
+    sparse = selective * _layer(shapes, tokens, _updated(tokens, keep, window))
+    return dense + sparse + last + shapes.head
 
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    intermediate: int
-    vocabulary: int
-    experts: int = 1
-    experts_per_token: int = 1
 
-    @classmethod
-    def of(cls, config: Any) -> "Shapes":
-        """
-        Args:
-            config: the model's Hugging Face configuration.
-        """
-        heads = config.num_attention_heads
-        return cls(
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            intermediate=config.intermediate_size,
-            vocabulary=config.vocab_size,
-            experts=getattr(config, "num_local_experts", None) or 1,
-            experts_per_token=getattr(config, "num_experts_per_tok", None) or 1,
-        )
-
-    def without(self, layers: int) -> "Shapes":
-        """The same model, pruned."""
-        return replace(self, layers=self.layers - layers)
-
-    def prefill(
-        self,
-        tokens: int,
-        selective: int = 0,
-        keep: float = DEFAULT_KEEP,
-        window: int = DEFAULT_WINDOW,
-        is_read_whole: bool = False,
-    ) -> float:
-        """Floating-point operations of one prompt; norms and the like are left out.
-
-        Args:
-            selective: how many layers are; with any, the last layer (taken to be a
-                dense one) computes only what is read.
-            is_read_whole: see `plan.Batch`.
-        """
-        head = 2.0 * self.hidden * self.vocabulary
-        if not selective:
-            return self.layers * self._layer(tokens, tokens) + head
-        last = self._layer(tokens, tokens if is_read_whole else 1)
-        dense = (self.layers - selective - 1) * self._layer(tokens, tokens)
-        return dense + selective * self._layer(tokens, _updated(tokens, keep, window)) + last + head
-
-    def _layer(self, tokens: int, updated: int) -> float:
-        head_rows = self.heads * self.head_size
-        key_value = 2.0 * self.hidden * 2 * self.kv_heads * self.head_size
-        query_and_output = 2.0 * self.hidden * head_rows * 2
-        mlp = 2.0 * self.hidden * self.intermediate * 3 * self.experts_per_token
-        router = 2.0 * self.hidden * self.experts if self.experts > 1 else 0.0
-        # A query sees half of the prompt on average.
-        attention = 4.0 * head_rows * (tokens + 1) / 2
-        return tokens * key_value + updated * (query_and_output + mlp + router + attention)
+def _layer(shapes: Shapes, tokens: int, updated: int) -> float:
+    # A query sees half of the prompt on average.
+    return tokens * shapes.key_and_value + updated * shapes.update((tokens + 1) / 2)
 
 
 def _updated(tokens: int, keep: float, window: int) -> int:

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from orthorank_vllm.bench.ideal import Shapes, load_gain
+from orthorank_vllm.bench.ideal import load_gain, prefill
 from orthorank_vllm.bench.pairs import Round, Spread, noise, ratios, same_server_ratios
 from orthorank_vllm.bench.servers import Memory
 from orthorank_vllm.bench.workloads import Workload
+from orthorank_vllm.shapes import Shapes
 from orthorank_vllm.treatment import Treatment
 
 OURS = "orthorank"
@@ -119,10 +120,10 @@ class Results:
             rival_shapes = self.shapes.without(comparison.removed)
         if workload.streamed:
             # Decode is dense: a token costs what it costs the whole model.
-            return rival_shapes.prefill(1) / self.shapes.prefill(1)
+            return prefill(rival_shapes, 1) / prefill(self.shapes, 1)
         length = workload.prompt_len
-        gain = rival_shapes.prefill(length) / self.shapes.prefill(
-            length, comparison.selective, self.rule.keep, self.rule.window
+        gain = prefill(rival_shapes, length) / prefill(
+            self.shapes, length, comparison.selective, self.rule.keep, self.rule.window
         )
         if workload.is_first_token:
             return gain

@@ -6,7 +6,7 @@ from typing import Any
 from orthorank_vllm.config import resolve
 from orthorank_vllm.engine.architectures import hf_overrides_for
 from orthorank_vllm.engine.refusals import check_supported
-from orthorank_vllm.metrics import prepare_server
+from orthorank_vllm.metrics.folder import prepare_server
 from orthorank_vllm.options import Options
 from orthorank_vllm.profiles import model_identity
 

@@ -44,6 +44,7 @@ class Step:
         fresh_rows, fresh_slots: rows of this batch that are a position 0, and
             the slots that they renew.
         selected: each selective layer's rows, [plan.num_selected] int64.
+        sink_hits, sink_misses: see `Outcome`.
     """
 
     competition: Competition
@@ -53,14 +54,31 @@ class Step:
     fresh_rows: torch.Tensor
     fresh_slots: torch.Tensor
     selected: list[torch.Tensor]
+    sink_hits: int
+    sink_misses: int
 
     @property
     def duplicates(self) -> torch.Tensor:
-        """[] int64, on the device: rows that stand twice in a selection, over all layers."""
+        """[selective layers] int64, on the device: rows that stand twice in a layer's selection."""
         if not self.selected:
-            return torch.zeros((), dtype=torch.int64)
+            return torch.zeros(0, dtype=torch.int64)
         rows = torch.stack(self.selected)
-        return (rows[:, 1:] == rows[:, :-1]).sum()
+        return (rows[:, 1:] == rows[:, :-1]).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a sparse forward leaves to be counted.
+
+    Attributes:
+        skipped: [selective layers] int64, on the device: token updates that each skipped.
+        sink_hits, sink_misses: requests whose position 0 this forward lacks, by whether the
+            table had its state or it was recomputed.
+    """
+
+    skipped: torch.Tensor
+    sink_hits: int
+    sink_misses: int
 
 
 def sparse_forward(
@@ -71,7 +89,7 @@ def sparse_forward(
     positions: torch.Tensor,
     stream: torch.Tensor,
     delta: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None, Outcome]:
     """Prefill through this stage's layers, the selective ones in place.
 
     Args:
@@ -81,8 +99,7 @@ def sparse_forward(
             layer here; vLLM's layers hand it on in two summands. Both are used up.
 
     Returns:
-        the same after the last layer here, right in the rows `plan.read`, and the number of token
-        updates skipped by selective layers, [] int64 on the device.
+        the same after the last layer here, right in the rows `plan.read`, and what to count.
     """
     step = _start_step(decoder, selective, sinks, plan, positions.device)
     for index, layer in decoder.layers.items():
@@ -96,8 +113,8 @@ def sparse_forward(
             delta = None
         else:
             delta, stream = _dense_layer(layer, step.dense_attention, positions, stream, delta)
-    skipped = len(selective) * (plan.num_tokens - plan.num_selected) + step.duplicates
-    return stream, delta, skipped
+    skipped = plan.num_tokens - plan.num_selected + step.duplicates
+    return stream, delta, Outcome(skipped, step.sink_hits, step.sink_misses)
 
 
 def sink_states(
@@ -146,6 +163,8 @@ def _start_step(
     in_batch = [r for r, row in enumerate(plan.sink_row.tolist()) if row >= 0]
     fresh = {tokens[r] for r in in_batch}
     missing = [token for token in missing if token not in fresh]
+    # No request whose position 0 is in the batch has a missing token.
+    sink_misses = sum(token in missing for token in tokens)
 
     def on_device(values: Any) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.int64).to(device, non_blocking=True)
@@ -165,6 +184,8 @@ def _start_step(
         fresh_rows=on_device(plan.sink_row[in_batch]),
         fresh_slots=on_device([slots[r] for r in in_batch]),
         selected=[],
+        sink_hits=len(tokens) - len(in_batch) - sink_misses,
+        sink_misses=sink_misses,
     )
 
 

@@ -5,11 +5,13 @@ alone, never by warm-up, and is documented as the place to override.
 """
 
 import functools
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
+from orthorank_vllm.engine.counting import Seconds
 from orthorank_vllm.plan import Batch
 
 _MARK = "_orthorank_hook"
@@ -36,12 +38,15 @@ def with_plan(model_forward: Callable[..., Any]) -> Callable[..., Any]:
         orthorank = getattr(self.get_model(), "orthorank", None)
         if orthorank is None:
             return model_forward(self, *args, **model_kwargs)
+        started = time.perf_counter()
         batch = batch_of(self)
         plan = orthorank.plan(batch)
+        planned = time.perf_counter()
         if plan is not None:
             model_kwargs["orthorank_plan"] = plan
         output = model_forward(self, *args, **model_kwargs)
-        orthorank.count(batch, plan)
+        seconds = Seconds(plan=planned - started, forward=time.perf_counter() - planned)
+        orthorank.count(batch, plan, seconds)
         return output
 
     setattr(_model_forward, _MARK, True)

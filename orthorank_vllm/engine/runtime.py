@@ -9,14 +9,14 @@ from vllm.logger import init_logger
 from vllm.sequence import IntermediateTensors
 
 from orthorank_vllm.config import OrthoRankConfig
-from orthorank_vllm.engine.forward import SelectiveLayer, sparse_forward
+from orthorank_vllm.engine.counting import Seconds, StepCounter
+from orthorank_vllm.engine.forward import Outcome, SelectiveLayer, sparse_forward
 from orthorank_vllm.engine.kernels import add_and_norm
 from orthorank_vllm.engine.parts import Decoder
 from orthorank_vllm.engine.projections import FusedWeight, SplitWeight
 from orthorank_vllm.engine.ranks import is_first_rank
 from orthorank_vllm.engine.refusals import check_supported
 from orthorank_vllm.engine.sinks import SinkTable
-from orthorank_vllm.metrics import worker_metrics
 from orthorank_vllm.options import OptionError
 from orthorank_vllm.plan import Batch, Plan, make_plan
 
@@ -54,8 +54,8 @@ class OrthoRank:
         self._dtype = model_config.dtype
         self._device = torch.get_default_device()
         # The ranks compute the same tokens: one of them counts.
-        self._metrics = worker_metrics(vllm_config) if is_first_rank() else None
-        self._skipped: torch.Tensor | None = None
+        self._counter = StepCounter.of(vllm_config, self._decoder) if is_first_rank() else None
+        self._outcome: Outcome | None = None
         # Weights of layers that may yet become selective.
         self._fused: dict[int, FusedWeight] = {}
         self.config = OrthoRankConfig.from_dict(settings)
@@ -78,8 +78,9 @@ class OrthoRank:
             dtype=self._dtype,
             device=self._device,
         )
-        if not is_first_rank():
+        if self._counter is None:
             return
+        self._counter.metrics.tell(config)
         logger.info(config.describe())
         if not config.measured:
             logger.warning(
@@ -132,7 +133,7 @@ class OrthoRank:
         else:
             assert from_earlier_stage is not None
             stream, delta = from_earlier_stage["residual"], from_earlier_stage["hidden_states"]
-        stream, delta, self._skipped = sparse_forward(
+        stream, delta, self._outcome = sparse_forward(
             self._decoder, self._selective, self._sinks, plan, positions, stream, delta
         )
         if self._decoder.is_last:
@@ -142,21 +143,13 @@ class OrthoRank:
             delta = torch.zeros_like(stream)
         return IntermediateTensors({"hidden_states": delta, "residual": stream})
 
-    def count(self, batch: Batch, plan: Plan | None) -> None:
-        """Count one forward's prompt tokens and this stage's updates of them, after it ran."""
-        prompt_tokens = int(batch.prompt_tokens.sum())
-        if not prompt_tokens:
-            return
-        skipped = 0
-        if plan is not None:
-            if self._skipped is None:
-                raise RuntimeError("OrthoRank made a plan and the model ran without it")
-            skipped = int(self._skipped)
-            self._skipped = None
-        if self._metrics is not None:
-            updates = prompt_tokens * len(self._decoder.layers) - skipped
-            entered = prompt_tokens if self._decoder.is_first else 0
-            self._metrics.count(entered, updates, skipped)
+    def count(self, batch: Batch, plan: Plan | None, seconds: Seconds) -> None:
+        """Count one step and this stage's part of its token updates, after its forward."""
+        outcome, self._outcome = self._outcome, None
+        if (plan is None) != (outcome is None):
+            raise RuntimeError("OrthoRank made a plan and the model ran without it")
+        if self._counter is not None:
+            self._counter.count(batch, plan, outcome, tuple(self._selective), seconds)
 
     def weights_changed(self) -> None:
         """To be called when the model has loaded its weights, before vLLM packs them."""

@@ -5,7 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from orthorank_vllm.bench.ideal import Shapes, load_gain
+from orthorank_vllm.bench.ideal import load_gain, prefill
+from orthorank_vllm.shapes import Shapes
 
 CONFIG = LlamaConfig(
     hidden_size=64,
@@ -28,15 +29,15 @@ def test_a_dense_prompt_costs_what_torch_counts() -> None:
     per_key = 4 * CONFIG.num_attention_heads * CONFIG.head_dim * CONFIG.num_hidden_layers
     later = per_key * TOKENS * (TOKENS - 1) / 2
     # The table of rotary angles is one small product, which we leave out.
-    assert Shapes.of(CONFIG).prefill(TOKENS) == pytest.approx(
+    assert prefill(Shapes.of(CONFIG), TOKENS) == pytest.approx(
         counter.get_total_flops() - later, rel=1e-3
     )
 
 
 def test_a_selective_layer_costs_k_and_v_for_all_and_the_rest_for_the_updated_ones() -> None:
     shapes = Shapes.of(CONFIG)
-    dense = shapes.prefill(TOKENS)
-    sparse = shapes.prefill(TOKENS, selective=2, window=0, is_read_whole=True)
+    dense = prefill(shapes, TOKENS)
+    sparse = prefill(shapes, TOKENS, selective=2, window=0, is_read_whole=True)
     # ceil(40 / 3) = 14, and the last token.
     updated = 15
     key_value = 2 * 64 * 2 * 2 * 24
@@ -47,7 +48,7 @@ def test_a_selective_layer_costs_k_and_v_for_all_and_the_rest_for_the_updated_on
     assert sparse == pytest.approx(expected)
     # Of the last layer only one row is read.
     unread = (TOKENS - 1) * rest_per_token
-    assert shapes.prefill(TOKENS, selective=2, window=0) == pytest.approx(sparse - unread)
+    assert prefill(shapes, TOKENS, selective=2, window=0) == pytest.approx(sparse - unread)
 
 
 def test_the_shipped_models_linear_layers_gain_what_their_shapes_allow() -> None:
@@ -55,9 +56,9 @@ def test_the_shipped_models_linear_layers_gain_what_their_shapes_allow() -> None
     smollm2 = Shapes(30, 576, 9, 3, 64, 1536, vocabulary=0)
     # So many tokens that rounding up is nothing; heads of size 0 would be no attention at all.
     tokens = 128 * 300
-    dense = smollm2.prefill(tokens)
+    dense = prefill(smollm2, tokens)
     attention = 30 * 4.0 * 576 * (tokens + 1) / 2 * tokens
-    saved = dense - smollm2.prefill(tokens, selective=14, is_read_whole=True)
+    saved = dense - prefill(smollm2, tokens, selective=14, is_read_whole=True)
     saved_attention = attention * 14 / 30 * (1 - 43 / 128)
     gain = (dense - attention) / (dense - attention - (saved - saved_attention))
     assert gain == pytest.approx(1 / (1 - 0.311 * 0.938), rel=5e-3)
@@ -67,7 +68,7 @@ def test_experts_count_as_many_as_a_token_meets() -> None:
     dense = Shapes(1, 64, 4, 4, 16, 128, vocabulary=0)
     mixture = Shapes(1, 64, 4, 4, 16, 128, vocabulary=0, experts=8, experts_per_token=2)
     mlp, router = 2 * 64 * 128 * 3, 2 * 64 * 8
-    assert mixture.prefill(10) - dense.prefill(10) == 10 * (mlp + router)
+    assert prefill(mixture, 10) - prefill(dense, 10) == 10 * (mlp + router)
 
 
 def test_under_load_only_the_share_of_prefill_gains() -> None:

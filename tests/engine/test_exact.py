@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import Prompts
@@ -53,6 +54,12 @@ def forget_sinks(engine: Engine) -> None:
     sinks = engine.model.orthorank._sinks
     sinks.clear()
     sinks.rows.fill_(torch.nan)
+
+
+def counted(name: str) -> float:
+    """A counter on the registry of this process, which has the engine."""
+    families = REGISTRY.collect()
+    return sum(s.value for family in families for s in family.samples if s.name == name)
 
 
 def check(run: Run, reference: Reference, **kwargs: Any) -> Verdict:
@@ -174,23 +181,32 @@ def test_a_prefix_cache_hit_equals_the_reference(
 ) -> None:
     """Position 0 is in no forward of the second request.
 
-    Break seen: a missing sink's state left at zero instead of recomputed.
+    Breaks seen: a missing sink's state left at zero instead of recomputed; a hit counted where
+    there was none.
     """
+    sinks = "orthorank_sink_hits_total", "orthorank_sink_misses_total"
     prefix = prompts.take(10 * BLOCK_SIZE)
     first = Job(prefix + prompts.take(37), max_tokens=8 if first_still_runs else 1)
     second = Job(prefix + prompts.take(150), max_tokens=2, want_prompt_logprobs=False)
     if first_still_runs:
         second.arrives = 3
+        before_second = [counted(name) for name in sinks]
         run = engine.run([first, second])
         verdict = check(run, reference)
     else:
         before = check(engine.run([first]), reference)
         if sinks_forgotten:
             forget_sinks(engine)
+        before_second = [counted(name) for name in sinks]
         run = engine.run([second])
         verdict = check(run, reference, earlier=list(before.requests.values()))
     assert run.chunks(second)[0].num_computed == len(prefix)
     assert verdict.requests
+    hits_and_misses = [
+        counted(name) - earlier for name, earlier in zip(sinks, before_second, strict=True)
+    ]
+    is_missing = sinks_forgotten and not first_still_runs
+    assert hits_and_misses == ([0, 1] if is_missing else [1, 0])
 
 
 def test_a_preempted_request_is_resumed_and_equals_the_reference(

@@ -38,15 +38,29 @@ engine = Engine(
 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 reference = Reference(model, Rule(tuple(rule["layers"]), window=rule["window"]))
 jobs = [Job(prompt, max_tokens=2) for prompt in prompts]
-verdicts = [replay(engine.run(jobs, budget=lambda step: 120), reference)]
+first = engine.run(jobs, budget=lambda step: 120)
+verdicts = [replay(first, reference)]
 cached = Job(prompts[0] + prompts[1][:20], want_prompt_logprobs=False)
 donors = list(verdicts[0].requests.values())
-verdicts.append(replay(engine.run([cached]), reference, earlier=donors))
+second = engine.run([cached])
+verdicts.append(replay(second, reference, earlier=donors))
 count = sum(len(prompt) for prompt in prompts) + len(cached.prompt) - len(prompts[0]) // 32 * 32
-told = [
-    sample.value for family in REGISTRY.collect() for sample in family.samples
-    if sample.name == "orthorank_prefill_tokens_total"
-]
+def told(name):
+    families = REGISTRY.collect()
+    return [s.value for family in families for s in family.samples if s.name == "orthorank_" + name]
+counted = {
+    "prompt tokens": [told("prefill_tokens_total"), [count]],
+    "token updates": [[sum(told("layer_token_updates_total"))], told("token_updates_total")],
+    "skipped": [
+        [sum(told("layer_token_updates_skipped_total"))],
+        [sum(r.skipped for verdict in verdicts for r in verdict.requests.values())],
+    ],
+    "steps": [
+        [sum(told("step_duration_seconds_count"))], [len(first.forwards) + len(second.forwards)]
+    ],
+    "active": [told("active"), [1]],
+    "configured": [told("config_info"), [1]],
+}
 spoilt = engine.core.model_executor.collective_rpc(spoil)
 verdicts.append(replay(engine.run([Job(prompt) for prompt in spoiled_prompts]), reference))
 answer({
@@ -54,7 +68,7 @@ answer({
     "compared": sum(verdict.compared for verdict in verdicts),
     "margin": min(verdict.margin for verdict in verdicts),
     "skipped": sum(r.skipped for verdict in verdicts for r in verdict.requests.values()),
-    "counted": [told, count],
+    "counted": counted,
     "spoilt": sorted(spoilt),
 })
 """
@@ -73,8 +87,8 @@ def check(path: str, ranks: int, rule: dict[str, Any], prompts: list[list[int]])
     assert max(answer["worst"]) < TOLERANCE
     assert answer["compared"] > sum(len(prompt) for prompt in prompts)
     assert answer["skipped"] > 0
-    told, count = answer["counted"]
-    assert told == [count], "each prompt token is counted once, by one rank"
+    for what, (told, expected) in answer["counted"].items():
+        assert told == expected, f"{what}: counted once, by one rank"
 
 
 def test_two_ranks_of_a_random_mixtral_equal_the_reference(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def stage(start, end):
         parts["norm"] = whole.norm
     parts["embed_input_ids"] = whole.embed_input_ids if start == 0 else None
     made = OrthoRank(engine.llm.llm_engine.vllm_config, SimpleNamespace(**parts))
-    made._metrics = None
+    made._counter = None
     return made
 
 class Pipeline:
@@ -62,11 +62,11 @@ class Pipeline:
         sent = IntermediateTensors({key: value.clone() for key, value in sent.items()})
         return second.forward(plans[1], None, positions, sent)
 
-    def count(self, batch, plans):
+    def count(self, batch, plans, seconds):
         for index, stage in enumerate(self.stages):
             if plans is not None:
-                self.skipped[index] += int(stage._skipped)
-            stage.count(batch, plans and plans[index])
+                self.skipped[index] += int(stage._outcome.skipped.sum())
+            stage.count(batch, plans and plans[index], seconds)
 
 pipeline = Pipeline()
 engine.model.orthorank = pipeline

@@ -1,0 +1,1 @@
+"""`orthorank doctor`: what is wrong with an installation or a running server, and the mend."""

@@ -1,0 +1,52 @@
+"""Every metric's name, and what it tells.
+
+Without the `_total` that prometheus-client adds to a counter's name.
+"""
+
+ACTIVE = "orthorank_active"
+CONFIG_INFO = "orthorank_config_info"
+RATIO_ASKED = "orthorank_ratio_asked"
+RATIO_CONFIGURED = "orthorank_ratio_configured"
+
+PREFILL_TOKENS = "orthorank_prefill_tokens"
+UPDATES = "orthorank_token_updates"
+UPDATES_SKIPPED = "orthorank_token_updates_skipped"
+LAYER_UPDATES = "orthorank_layer_token_updates"
+LAYER_UPDATES_SKIPPED = "orthorank_layer_token_updates_skipped"
+FLOPS_SAVED = "orthorank_flops_saved"
+SINK_HITS = "orthorank_sink_hits"
+SINK_MISSES = "orthorank_sink_misses"
+
+STEP_SECONDS = "orthorank_step_duration_seconds"
+STEP_PREFILL_TOKENS = "orthorank_step_prefill_tokens"
+STEP_PREFILL_SECONDS = "orthorank_step_prefill_seconds"
+PLAN_SECONDS = "orthorank_plan_duration_seconds"
+
+HELP = {
+    ACTIVE: "1 if the workers of this engine run OrthoRank.",
+    CONFIG_INFO: "1; what is run stands in the labels.",
+    RATIO_ASKED: "The ratio that was asked for; absent where layers were given without one.",
+    RATIO_CONFIGURED: "The ratio that the selective layers make, before windows round up.",
+    PREFILL_TOKENS: "Prompt tokens that prefill computed.",
+    UPDATES: "Token updates that prefill computed (prompt tokens x layers).",
+    UPDATES_SKIPPED: "Token updates that prefill skipped (prompt tokens x layers).",
+    LAYER_UPDATES: "Token updates that prefill computed in one layer.",
+    LAYER_UPDATES_SKIPPED: "Token updates that prefill skipped in one layer.",
+    FLOPS_SAVED: "Floating-point operations not made, estimated from the model's shapes.",
+    SINK_HITS: "Requests in a step without their position 0 whose sink's state was there.",
+    SINK_MISSES: "Requests in a step without their position 0 whose sink's state was recomputed.",
+    STEP_SECONDS: "Time of the model's forward in a step, on the host, by the path that it took.",
+    STEP_PREFILL_TOKENS: "Prompt tokens of steps that had some, by path.",
+    STEP_PREFILL_SECONDS: "Time of the model's forward in steps with prompt tokens, by path.",
+    PLAN_SECONDS: "Time on the host to plan a step with prompt tokens.",
+}
+
+STEP_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 25.0, 60.0),
+)
+PLAN_BUCKETS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1)
+
+# The paths of a step.
+SPARSE = "sparse"
+STOCK = "stock"

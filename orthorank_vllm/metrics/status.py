@@ -1,0 +1,141 @@
+"""The metrics of a server, engine by engine, as one thing to look at."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from prometheus_client import Metric
+
+from orthorank_vllm.config import is_measured
+from orthorank_vllm.metrics import names
+
+
+@dataclass
+class PathStatus:
+    """Steps that took one path.
+
+    Attributes:
+        seconds, prefill_seconds: of the model's forward, in all steps and in those with prompt
+            tokens.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+
+
+@dataclass
+class LayerStatus:
+    """Token updates of one layer."""
+
+    updates: int = 0
+    skipped: int = 0
+
+
+@dataclass
+class EngineStatus:
+    """What one engine runs and has counted so far.
+
+    Attributes:
+        ratio_asked: None if layers were given without a ratio.
+        configurations: how many are told; more than one are left over from earlier runs.
+        is_measured: whether the layers were chosen by measurement, or by hand.
+    """
+
+    model_name: str
+    engine: str
+    active: bool = False
+    configurations: int = 0
+    version: str = ""
+    ratio_asked: float | None = None
+    ratio_configured: float | None = None
+    keep: float | None = None
+    window: int | None = None
+    layers: list[int] = field(default_factory=list)
+    chosen_by: str = ""
+    is_measured: bool = True
+    prefill_tokens: int = 0
+    token_updates: int = 0
+    token_updates_skipped: int = 0
+    flops_saved: float = 0.0
+    sink_hits: int = 0
+    sink_misses: int = 0
+    by_path: dict[str, PathStatus] = field(default_factory=dict)
+    by_layer: dict[int, LayerStatus] = field(default_factory=dict)
+
+    @property
+    def ratio_reached(self) -> float | None:
+        """None before the first prompt."""
+        total = self.token_updates + self.token_updates_skipped
+        return self.token_updates_skipped / total if total else None
+
+
+def engines_of(metrics: Iterable[Metric]) -> list[EngineStatus]:
+    """
+    Args:
+        metrics: collected by prometheus-client, or parsed from `/metrics`; all that are not
+            OrthoRank's are passed over.
+    """
+    found: dict[tuple[str, str], EngineStatus] = {}
+    for metric in metrics:
+        if not metric.name.startswith("orthorank_"):
+            continue
+        for sample in metric.samples:
+            key = sample.labels["model_name"], sample.labels["engine"]
+            _take(
+                found.setdefault(key, EngineStatus(*key)), sample.name, sample.labels, sample.value
+            )
+    return [found[key] for key in sorted(found)]
+
+
+# Samples with vLLM's labels alone.
+_COUNTS = {
+    f"{name}_total": attribute
+    for name, attribute in {
+        names.PREFILL_TOKENS: "prefill_tokens",
+        names.UPDATES: "token_updates",
+        names.UPDATES_SKIPPED: "token_updates_skipped",
+        names.SINK_HITS: "sink_hits",
+        names.SINK_MISSES: "sink_misses",
+    }.items()
+}
+_AMOUNTS = {
+    names.RATIO_ASKED: "ratio_asked",
+    names.RATIO_CONFIGURED: "ratio_configured",
+    f"{names.FLOPS_SAVED}_total": "flops_saved",
+}
+# Samples with a path, and with a layer.
+_OF_PATH = {
+    f"{names.STEP_SECONDS}_count": ("steps", int),
+    f"{names.STEP_SECONDS}_sum": ("seconds", float),
+    f"{names.STEP_PREFILL_TOKENS}_total": ("prefill_tokens", int),
+    f"{names.STEP_PREFILL_SECONDS}_total": ("prefill_seconds", float),
+}
+_OF_LAYER = {
+    f"{names.LAYER_UPDATES}_total": "updates",
+    f"{names.LAYER_UPDATES_SKIPPED}_total": "skipped",
+}
+
+
+def _take(status: EngineStatus, name: str, labels: Mapping[str, str], value: float) -> None:
+    if name == names.ACTIVE:
+        status.active = value == 1
+    elif name == names.CONFIG_INFO:
+        status.configurations += 1
+        status.version = labels["version"]
+        status.keep = float(labels["keep"])
+        status.window = int(labels["window"])
+        status.layers = [int(layer) for layer in labels["layers"].split(",")]
+        status.chosen_by = labels["chosen_by"]
+        status.is_measured = is_measured(labels["chosen_by"])
+    elif name in _COUNTS:
+        setattr(status, _COUNTS[name], int(value))
+    elif name in _AMOUNTS:
+        setattr(status, _AMOUNTS[name], value)
+    elif name in _OF_PATH:
+        attribute, kind = _OF_PATH[name]
+        path = status.by_path.setdefault(labels["path"], PathStatus())
+        setattr(path, attribute, kind(value))
+    elif name in _OF_LAYER:
+        layer = status.by_layer.setdefault(int(labels["layer"]), LayerStatus())
+        setattr(layer, _OF_LAYER[name], int(value))

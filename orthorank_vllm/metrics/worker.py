@@ -1,0 +1,118 @@
+"""What one worker tells of itself and counts."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from orthorank_vllm import __version__
+from orthorank_vllm.config import OrthoRankConfig
+from orthorank_vllm.metrics import names
+from orthorank_vllm.metrics.folder import FOLDER_VARIABLE, metrics_folder
+from orthorank_vllm.metrics.values import Counter, Files, Histogram, write_gauge
+
+
+class WorkerMetrics:
+    """Counts of one engine, written by the worker that speaks for it."""
+
+    def __init__(self, labels: Mapping[str, str], layers: Iterable[int]) -> None:
+        """
+        Args:
+            labels: of every metric.
+            layers: those that are counted here.
+
+        Raises:
+            RuntimeError: no folder was prepared by the server process.
+        """
+        folder = metrics_folder()
+        if not folder:
+            raise RuntimeError(
+                f"OrthoRank's worker has no folder for its metrics: {FOLDER_VARIABLE} was not "
+                "handed on by the process that configured the engine"
+            )
+        self._labels = labels
+        self._files = files = Files(folder)
+
+        def counter(name: str, **more: str) -> Counter:
+            return Counter(files, name, {**labels, **more})
+
+        self._prefill_tokens = counter(names.PREFILL_TOKENS)
+        self._updates = counter(names.UPDATES)
+        self._skipped = counter(names.UPDATES_SKIPPED)
+        self._layer_updates = {
+            layer: counter(names.LAYER_UPDATES, layer=str(layer)) for layer in layers
+        }
+        self._layer_skipped = {
+            layer: counter(names.LAYER_UPDATES_SKIPPED, layer=str(layer)) for layer in layers
+        }
+        self._flops_saved = counter(names.FLOPS_SAVED)
+        self._sink_hits = counter(names.SINK_HITS)
+        self._sink_misses = counter(names.SINK_MISSES)
+        paths = names.SPARSE, names.STOCK
+        self._step_seconds = {
+            path: Histogram(files, names.STEP_SECONDS, {**labels, "path": path}, names.STEP_BUCKETS)
+            for path in paths
+        }
+        self._step_tokens = {path: counter(names.STEP_PREFILL_TOKENS, path=path) for path in paths}
+        self._prefill_seconds = {
+            path: counter(names.STEP_PREFILL_SECONDS, path=path) for path in paths
+        }
+        self._plan_seconds = Histogram(files, names.PLAN_SECONDS, labels, names.PLAN_BUCKETS)
+
+    def tell(self, config: OrthoRankConfig) -> None:
+        """Say what is run, once its layers are final."""
+
+        def gauge(name: str, value: float, **more: str) -> None:
+            write_gauge(self._files, name, {**self._labels, **more}, value)
+
+        gauge(names.ACTIVE, 1)
+        gauge(
+            names.CONFIG_INFO,
+            1,
+            keep=f"{config.keep:.4g}",
+            window=str(config.window),
+            layers=",".join(map(str, config.layers)),
+            chosen_by=config.source,
+            version=__version__,
+        )
+        gauge(names.RATIO_CONFIGURED, config.ratio)
+        if config.ratio_asked is not None:
+            gauge(names.RATIO_ASKED, config.ratio_asked)
+
+    def count_step(self, path: str, seconds: float) -> None:
+        """Any step: the time of its forward."""
+        self._step_seconds[path].observe(seconds)
+
+    def count_prefill_step(
+        self, path: str, prompt_tokens: int, seconds: float, plan_seconds: float
+    ) -> None:
+        """A step with prompt tokens, beside `count_step`."""
+        self._prefill_tokens.add(prompt_tokens)
+        self._step_tokens[path].add(prompt_tokens)
+        self._prefill_seconds[path].add(seconds)
+        self._plan_seconds.observe(plan_seconds)
+
+    def count_saved(self, flops: float, sink_hits: int, sink_misses: int) -> None:
+        """A sparse step, as far as the host knows it."""
+        self._flops_saved.add(flops)
+        self._sink_hits.add(sink_hits)
+        self._sink_misses.add(sink_misses)
+
+    def count_updates(self, prompt_tokens: int, skipped: Mapping[int, int]) -> None:
+        """
+        Args:
+            skipped: token updates, by layer; 0 in the others.
+        """
+        for layer, counter in self._layer_updates.items():
+            counter.add(prompt_tokens - skipped.get(layer, 0))
+        for layer, amount in skipped.items():
+            self._layer_skipped[layer].add(amount)
+        total = sum(skipped.values())
+        self._updates.add(prompt_tokens * len(self._layer_updates) - total)
+        self._skipped.add(total)
+
+
+def labels_of(vllm_config: Any) -> dict[str, str]:
+    """vLLM's own: the served name, and the engine's data parallel rank."""
+    return {
+        "model_name": str(vllm_config.model_config.served_model_name),
+        "engine": str(vllm_config.parallel_config.data_parallel_index),
+    }

@@ -1,0 +1,78 @@
+"""The sizes of a model, and the floating-point operations that they make."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes of a model like Llama. Norms and the like count as nothing.
+
+    Attributes:
+        intermediate: of one expert, where there are experts.
+        experts, experts_per_token: 1 and 1 for a dense MLP.
+        shared_intermediate: of an expert that every token meets, where there is one.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    intermediate: int
+    vocabulary: int
+    experts: int = 1
+    experts_per_token: int = 1
+    shared_intermediate: int = 0
+
+    @classmethod
+    def of(cls, config: Any) -> "Shapes":
+        """
+        Args:
+            config: the model's Hugging Face configuration.
+        """
+
+        def value(name: str) -> int:
+            return getattr(config, name, None) or 0
+
+        experts = value("num_local_experts") or value("num_experts") or 1
+        of_expert = value("moe_intermediate_size") if experts > 1 else 0
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=value("num_key_value_heads") or config.num_attention_heads,
+            head_size=value("head_dim") or config.hidden_size // config.num_attention_heads,
+            intermediate=of_expert or config.intermediate_size,
+            vocabulary=config.vocab_size,
+            experts=experts,
+            experts_per_token=value("num_experts_per_tok") or 1 if experts > 1 else 1,
+            shared_intermediate=value("shared_expert_intermediate_size"),
+        )
+
+    def without(self, layers: int) -> "Shapes":
+        """The same model, pruned."""
+        return replace(self, layers=self.layers - layers)
+
+    @property
+    def key_and_value(self) -> float:
+        """Operations of one token's K and V in a layer, which every token costs."""
+        return 2.0 * self.hidden * 2 * self.kv_heads * self.head_size
+
+    def update(self, keys: float) -> float:
+        """Operations of the rest of a layer for one token, which a skipped update saves.
+
+        Args:
+            keys: how many its query sees.
+        """
+        head_rows = self.heads * self.head_size
+        query_and_output = 2.0 * self.hidden * head_rows * 2
+        of_mlp = self.intermediate * self.experts_per_token + self.shared_intermediate
+        mlp = 2.0 * self.hidden * of_mlp * 3
+        router = 2.0 * self.hidden * self.experts if self.experts > 1 else 0.0
+        return query_and_output + mlp + router + 4.0 * head_rows * keys
+
+    @property
+    def head(self) -> float:
+        """Operations of the logits of one token."""
+        return 2.0 * self.hidden * self.vocabulary

@@ -1,0 +1,119 @@
+"""The way of the counts from a worker process to the server's registry."""
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from orthorank_vllm.config import OrthoRankConfig
+from orthorank_vllm.metrics import folder
+from orthorank_vllm.metrics.worker import WorkerMetrics
+
+LABELS = {"model_name": "m", "engine": "0"}
+CONFIG = OrthoRankConfig(0.3, 1 / 3, 128, (1, 3), 5, "profile p")
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(folder.SHARED_FOLDER_VARIABLE, raising=False)
+    monkeypatch.setattr(folder, "_collector", None)
+    yield
+    if folder._collector is not None:
+        REGISTRY.unregister(folder._collector)
+
+
+def work() -> None:
+    """Two steps of a worker, in which layers 1 and 3 of five skip 6 and 7 of 10 tokens."""
+    worker = WorkerMetrics(LABELS, range(5))
+    worker.tell(CONFIG)
+    for _ in range(2):
+        worker.count_step("sparse", 0.3)
+        worker.count_prefill_step("sparse", 10, 0.3, 1e-4)
+        worker.count_updates(10, {1: 6, 3: 7})
+
+
+def work_elsewhere() -> None:
+    process = multiprocessing.get_context("spawn").Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_counts_of_another_process_reach_the_servers_registry() -> None:
+    """Break seen: the folder's name not handed on to the worker."""
+    folder.prepare_server()
+    work_elsewhere()
+    value = REGISTRY.get_sample_value
+    assert value("orthorank_prefill_tokens_total", LABELS) == 20
+    assert value("orthorank_token_updates_total", LABELS) == 2 * (50 - 13)
+    assert value("orthorank_token_updates_skipped_total", LABELS) == 26
+    assert value("orthorank_layer_token_updates_total", {**LABELS, "layer": "3"}) == 6
+    assert value("orthorank_layer_token_updates_skipped_total", {**LABELS, "layer": "3"}) == 14
+    assert value("orthorank_active", LABELS) == 1
+
+
+def test_counts_of_this_process_reach_the_registry_too() -> None:
+    folder.prepare_server()
+    work()
+    assert REGISTRY.get_sample_value("orthorank_token_updates_skipped_total", LABELS) == 26
+
+
+def test_a_histogram_crosses_with_its_buckets_accumulated() -> None:
+    folder.prepare_server()
+    work_elsewhere()
+    name, labels = "orthorank_step_duration_seconds", {**LABELS, "path": "sparse"}
+    value = REGISTRY.get_sample_value
+    assert value(f"{name}_count", labels) == 2
+    assert value(f"{name}_sum", labels) == pytest.approx(0.6)
+    below = {le: value(f"{name}_bucket", {**labels, "le": le}) for le in ("0.25", "0.5", "+Inf")}
+    assert below == {"0.25": 0, "0.5": 2, "+Inf": 2}
+
+
+def test_a_shared_folder_is_used_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with several API servers, where vLLM's own `/metrics` merges the folder."""
+    monkeypatch.setenv(folder.SHARED_FOLDER_VARIABLE, os.fspath(tmp_path))
+    folder.prepare_server()
+    assert folder._collector is None
+    work_elsewhere()
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, os.fspath(tmp_path))
+    assert registry.get_sample_value("orthorank_prefill_tokens_total", LABELS) == 20
+    assert registry.get_sample_value("orthorank_active", LABELS) == 1
+
+
+def test_two_engines_of_one_server_share_its_folder() -> None:
+    folder.prepare_server()
+    first = os.environ[folder.FOLDER_VARIABLE]
+    folder.prepare_server()
+    assert os.environ[folder.FOLDER_VARIABLE] == first
+
+
+def test_only_orthoranks_own_metrics_are_told_from_a_shared_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Break seen: vLLM's, which lie in the same folder, told too."""
+    monkeypatch.setenv(folder.SHARED_FOLDER_VARIABLE, os.fspath(tmp_path))
+    other = multiprocessing.get_context("spawn").Process(target=count_as_vllm_does)
+    other.start()
+    other.join()
+    work_elsewhere()
+    assert any("vllm" in metric.name for metric in MultiProcessCollector(None, tmp_path).collect())
+    assert "orthorank_active" in {metric.name for metric in folder.orthorank_metrics()}
+    assert all(metric.name.startswith("orthorank_") for metric in folder.orthorank_metrics())
+
+
+def count_as_vllm_does() -> None:
+    from prometheus_client import Counter
+
+    Counter("vllm:requests", "Some.").inc()
+
+
+def test_nothing_is_told_where_orthorank_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(folder.FOLDER_VARIABLE, raising=False)
+    assert folder.orthorank_metrics() == []
