@@ -22,11 +22,9 @@ def test_a_scan_of_the_image_finds_nothing() -> None:
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_the_compose_file_is_valid(gpu: bool) -> None:
-    files: list[str | Path] = [
-        "-f",
-        DOCKER / "compose.yaml",
-        *(["-f", DOCKER / "compose.gpu.yaml"] if gpu else []),
-    ]
+    files: list[str | Path] = ["-f", DOCKER / "compose.yaml"]
+    if gpu:
+        files += ["-f", DOCKER / "compose.gpu.yaml"]
     given = {"MODELS": "/models", "MODEL": "m", "GRAFANA_PASSWORD": "x", "VLLM_API_KEY": "key"}
     config = yaml.safe_load(tool("docker-compose", *files, "config", **given))
     for name, service in config["services"].items():
