@@ -6,7 +6,10 @@ The engine runs in a process of its own and the model is compiled, as a user has
 import json
 import signal
 import tempfile
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from orthorank_vllm import __version__
+from orthorank_vllm.cli import main
 from tests.conftest import Prompts
 from tests.reference import Reference, Request, Rule
 from tests.replay import SAFE_MARGIN, TOLERANCE
-from tests.servers import NAME, Server, serving
+from tests.servers import API_KEY, NAME, Server, serving
 
 pytestmark = pytest.mark.server
 
@@ -195,6 +199,66 @@ def test_metrics_say_what_is_run(server: Server) -> None:
 
 def test_vllms_own_metrics_stay(server: Server) -> None:
     assert server.metric("vllm:prompt_tokens_total") > 0
+
+
+def test_the_endpoint_says_what_metrics_say(server: Server) -> None:
+    told = json.loads(server.get("/orthorank", API_KEY))
+    assert told["active"] is True
+    assert told["versions"] == {"orthorank-vllm": __version__, "vllm": version("vllm")}
+    [engine] = told["engines"]
+    assert (engine["model_name"], engine["engine"]) == (NAME, "0")
+    assert (engine["ratio_asked"], engine["layers"]) == (RATIO, list(LAYERS))
+    assert (engine["keep"], engine["window"], engine["is_measured"]) == (0.3333, 128, True)
+    assert engine["chosen_by"] == "profile SmolLM2-135M-Instruct"
+    for name in ("prefill_tokens", "token_updates", "token_updates_skipped", "flops_saved"):
+        assert engine[name] == server.metric(f"orthorank_{name}_total") > 0
+    skipped, updates = engine["token_updates_skipped"], engine["token_updates"]
+    assert engine["ratio_reached"] == skipped / (skipped + updates)
+    assert sum(layer["skipped"] for layer in engine["by_layer"].values()) == skipped
+    sparse = engine["by_path"]["sparse"]
+    assert sparse["prefill_tokens"] == server.metric(
+        "orthorank_step_prefill_tokens_total", path="sparse"
+    )
+    assert 0 < sparse["prefill_seconds"] <= sparse["seconds"]
+
+
+@pytest.mark.parametrize("api_key", [None, "another key"])
+def test_the_endpoint_wants_the_servers_api_key(server: Server, api_key: str | None) -> None:
+    """Break seen: left to vLLM's middleware, which guards its own paths only."""
+    answers = []
+    for path in ("/orthorank", "/v1/models"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            server.get(path, api_key)
+        answers.append((refused.value.code, refused.value.read()))
+    assert answers[0] == answers[1]
+    assert answers[0][0] == 401
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
+def test_the_endpoint_can_only_be_read(server: Server, method: str) -> None:
+    headers = {"Authorization": f"Bearer {API_KEY}"}
+    request = urllib.request.Request(server.url + "/orthorank", b"{}", headers, method=method)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=10)
+    assert refused.value.code == 405
+
+
+def test_the_doctor_finds_the_server_well(
+    server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["doctor", f"{server.url}/v1/", "--api-key", API_KEY, "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)
+    assert {check["what"]: check["state"] for check in checks} == dict.fromkeys(
+        ["server", "OrthoRank", "layers", "ratio", "sinks", "GET /orthorank"], "ok"
+    )
+    assert checks[-1]["found"] == "on"
+    # Without the key, and with it where vLLM's own clients look for it.
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert main(["doctor", server.url]) == 0
+    assert "wants the API key" in capsys.readouterr().out
+    monkeypatch.setenv("OPENAI_API_KEY", API_KEY)
+    assert main(["doctor", server.url]) == 0
+    assert "wants the API key" not in capsys.readouterr().out
 
 
 def test_a_mistake_in_a_request_is_answered_by_vllm(server: Server) -> None:

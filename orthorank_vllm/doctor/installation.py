@@ -3,7 +3,7 @@
 import os
 import platform
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, entry_points, requires, version
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, requires, version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,14 +84,14 @@ def _allowed() -> list[str] | None:
     return None if named is None else named.split(",")
 
 
-def _is_installed(plugin: tuple[str, str]) -> bool:
+def _entry_point(plugin: tuple[str, str]) -> EntryPoint | None:
     group, name = plugin
-    return any(entry.name == name for entry in entry_points(group=group))
+    return next((entry for entry in entry_points(group=group) if entry.name == name), None)
 
 
 def _plugin() -> Check:
     group, name = PLUGIN
-    if not _is_installed(PLUGIN):
+    if _entry_point(PLUGIN) is None:
         return failed(
             "plugin",
             f"vLLM does not find it: no entry point {name} in {group}",
@@ -109,15 +109,24 @@ def _plugin() -> Check:
 
 def _endpoint() -> Check:
     group, name = ENDPOINT
-    if not _is_installed(ENDPOINT):
+    entry = _entry_point(ENDPOINT)
+    if entry is None:
         return warning(
             "GET /orthorank",
             f"no entry point {name} in {group}",
             "Install orthorank-vllm anew",
         )
-    if name in (_allowed() or []):
-        return ok("GET /orthorank", "on")
-    return ok("GET /orthorank", f"off, as VLLM_PLUGINS does not name {name}")
+    if name not in (_allowed() or []):
+        return ok("GET /orthorank", f"off, as VLLM_PLUGINS does not name {name}")
+    try:
+        entry.load()
+    except Exception as error:  # vLLM, too, would go on without it
+        return warning(
+            "GET /orthorank",
+            f"does not load ({_one_line(error)})",
+            f"Mend vLLM, or take {name} out of VLLM_PLUGINS",
+        )
+    return ok("GET /orthorank", "on")
 
 
 def _hooks() -> Check:

@@ -5,7 +5,6 @@ a plugin only where VLLM_PLUGINS names it. It reads what `/metrics` shows, from 
 are, and changes nothing.
 """
 
-from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -16,7 +15,7 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 
 from orthorank_vllm import __version__
 from orthorank_vllm.metrics.folder import orthorank_metrics
-from orthorank_vllm.metrics.status import EngineStatus, engines_of
+from orthorank_vllm.metrics.status import as_json, engines_of
 
 PATH = "/orthorank"
 
@@ -50,9 +49,5 @@ def status() -> dict[str, Any]:
     return {
         "active": any(engine.active for engine in engines),
         "versions": {"orthorank-vllm": __version__, "vllm": version("vllm")},
-        "engines": [_as_json(engine) for engine in engines],
+        "engines": [as_json(engine) for engine in engines],
     }
-
-
-def _as_json(engine: EngineStatus) -> dict[str, Any]:
-    return {**asdict(engine), "ratio_reached": engine.ratio_reached}

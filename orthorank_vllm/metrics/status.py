@@ -1,7 +1,8 @@
 """The metrics of a server, engine by engine, as one thing to look at."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from prometheus_client import Metric
 
@@ -68,6 +69,11 @@ class EngineStatus:
         """None before the first prompt."""
         total = self.token_updates + self.token_updates_skipped
         return self.token_updates_skipped / total if total else None
+
+
+def as_json(engine: EngineStatus) -> dict[str, Any]:
+    """For `json.dumps`, the ratio reached with it."""
+    return {**asdict(engine), "ratio_reached": engine.ratio_reached}
 
 
 def engines_of(metrics: Iterable[Metric]) -> list[EngineStatus]:

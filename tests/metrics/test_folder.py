@@ -1,8 +1,10 @@
 """The way of the counts from a worker process to the server's registry."""
 
+import itertools
 import multiprocessing
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.metrics import folder
+from orthorank_vllm.metrics.status import engines_of
+from orthorank_vllm.metrics.values import Files
 from orthorank_vllm.metrics.worker import WorkerMetrics
 
 LABELS = {"model_name": "m", "engine": "0"}
@@ -106,6 +110,22 @@ def test_only_orthoranks_own_metrics_are_told_from_a_shared_folder(
     assert any("vllm" in metric.name for metric in MultiProcessCollector(None, tmp_path).collect())
     assert "orthorank_active" in {metric.name for metric in folder.orthorank_metrics()}
     assert all(metric.name.startswith("orthorank_") for metric in folder.orthorank_metrics())
+
+
+def test_what_an_earlier_process_with_this_id_left_is_not_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a container starts again and its volume stays.
+
+    Break seen: the earlier process's configuration told beside this one's.
+    """
+    monkeypatch.setenv(folder.SHARED_FOLDER_VARIABLE, os.fspath(tmp_path))
+    for config in (CONFIG, replace(CONFIG, layers=(2, 4))):
+        monkeypatch.setattr(Files, "_numbers", itertools.count())
+        WorkerMetrics(LABELS, range(5)).tell(config)
+    [engine] = engines_of(folder.orthorank_metrics())
+    assert engine.configurations == 1
+    assert engine.layers == [2, 4]
 
 
 def count_as_vllm_does() -> None:
