@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.live.containers import STORAGE
+from tests.deploy.live.containers import ENVIRONMENT
 from tests.deploy.tools import ROOT, tool
 
 VENV = Path(os.environ.get("ORTHORANK_TEST_VENV", ROOT / ".venv"))
@@ -29,7 +29,7 @@ def image() -> str:
     tool(ROOT / "tests" / "deploy" / "base" / "build.sh", VENV)
     options = ["--isolation", "chroot", "--pull-never", "--format", "docker", "--layers"]
     built = ["--build-arg", f"BASE={BASE}", "-f", "docker/Dockerfile", "-t", IMAGE, "."]
-    printed = tool("buildah", "bud", *options, *built, **STORAGE)
+    printed = tool("buildah", "bud", *options, *built, **ENVIRONMENT)
     assert "check_image: orthorank-vllm" in printed or "Using cache" in printed
     return IMAGE
 

@@ -4,7 +4,6 @@ import http.client
 import json
 import os
 import socket
-import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -18,14 +17,13 @@ import pytest
 
 from tests.deploy.tools import tool
 
-# cgroupfs and runc: they need no systemd.
-PODMAN = ("podman", "--runtime", "runc", "--cgroup-manager", "cgroupfs")
-STORAGE = {"STORAGE_DRIVER": "overlay"}
-# Beside the drop of all rights, what vLLM needs: threads and files.
+ENVIRONMENT = {
+    "STORAGE_DRIVER": "overlay",
+    "CONTAINERS_CONF": str(Path(__file__).with_name("containers.conf")),
+}
 HARDENED = (
     *("--read-only", "--tmpfs", "/tmp", "--shm-size", "1g", "--network", "host"),
     *("--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
-    *("--ulimit", "nofile=20000:20000", "--ulimit", "nproc=32768:32768"),
 )
 CPU = {
     "HF_HUB_OFFLINE": "1",
@@ -40,7 +38,7 @@ START_SECONDS = 600
 
 
 def podman(*arguments: str | Path) -> str:
-    return tool(*PODMAN, *arguments, **STORAGE)
+    return tool("podman", *arguments, **ENVIRONMENT)
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def running(
     port = free_port()
     server = Server(f"orthorank-test-{port}", port, key)
     environment = {**CPU, "PORT": str(server.port), **({"VLLM_API_KEY": key} if key else {})}
-    command = [*PODMAN, "run", "--detach", "--name", server.name, *HARDENED]
+    command = ["run", "--detach", "--name", server.name, *HARDENED]
     command += ["--volume", f"{model}:/models/{NAME}:ro"]
     for name, value in environment.items():
         command += ["--env", f"{name}={value}"]
@@ -138,13 +136,8 @@ def running(
     command += ["--max-model-len", "2048", "--enforce-eager", "--port", str(server.port)]
     command += [*options, "--shutdown-timeout", "60"]
     try:
-        tool(*command, **STORAGE)
+        podman(*command)
         server.wait_until_healthy()
         yield server
     finally:
-        subprocess.run(
-            [*PODMAN, "rm", "--force", "--volumes", "--time", "0", server.name],
-            env={**os.environ, **STORAGE},
-            capture_output=True,
-            check=False,
-        )
+        podman("rm", "--force", "--ignore", "--volumes", "--time", "0", server.name)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.live.containers import PODMAN, STORAGE, Server, completion, podman, post, running
-from tests.deploy.tools import tool
+from tests.deploy.live.containers import Server, completion, podman, post, running
 
 KEY = "sesame"
 STOP_SECONDS = 60
@@ -80,9 +79,7 @@ def test_it_finishes_a_running_completion_when_told_to_stop(server: Server) -> N
         events.append(stream.readline().decode())
         started = time.monotonic()
         stopping = threading.Thread(
-            target=tool,
-            args=(*PODMAN, "stop", "--time", str(STOP_SECONDS), server.name),
-            kwargs=STORAGE,
+            target=podman, args=("stop", "--time", str(STOP_SECONDS), server.name)
         )
         stopping.start()
         events += [line.decode() for line in stream]

@@ -1,8 +1,7 @@
 """The rendered Deployment, run by podman as a kubelet would."""
 
+import base64
 import json
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +11,6 @@ import yaml
 from tests.deploy.live.containers import (
     CPU,
     NAME,
-    PODMAN,
-    STORAGE,
     Server,
     completion,
     free_port,
@@ -51,17 +48,20 @@ def server(image: str, model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     deployment = rendered(values)["Deployment"]
     container = deployment["spec"]["template"]["spec"]["containers"][0]
     del container["ports"]
+    # podman makes its directory root's alone; a kubelet lets everyone write there.
+    container["volumeMounts"] = [
+        mount for mount in container["volumeMounts"] if mount["mountPath"] != "/dev/shm"
+    ]
     # podman hands these to systemd, and they name the port.
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         del container[probe]
-    secret = {
-        "apiVersion": "v1",
-        "kind": "Secret",
-        "metadata": {"name": SECRET},
-        "stringData": {"api-key": KEY},
-    }
-    manifest = tmp_path_factory.mktemp("kube") / "deployment.yaml"
-    manifest.write_text(yaml.safe_dump_all([secret, deployment]))
+    folder = tmp_path_factory.mktemp("kube")
+    manifest = folder / "deployment.yaml"
+    manifest.write_text(yaml.safe_dump(deployment))
+    # A Secret's data as this podman keeps it: it does not read back what it makes of the object.
+    secret = folder / "secret.json"
+    secret.write_text(json.dumps({"api-key": base64.b64encode(KEY.encode()).decode()}))
+    podman("secret", "create", SECRET, secret)
     bind = ("--opt", "type=none", "--opt", "o=bind", "--opt", f"device={model.parent}")
     podman("volume", "create", *bind, CLAIM)
     try:
@@ -71,14 +71,9 @@ def server(image: str, model: Path, tmp_path_factory: pytest.TempPathFactory) ->
         running.wait_until_healthy()
         yield running
     finally:
-        for command in (
-            ("kube", "down", str(manifest)),
-            ("volume", "rm", "--force", CLAIM),
-            ("secret", "rm", SECRET),
-        ):
-            subprocess.run(
-                [*PODMAN, *command], env={**os.environ, **STORAGE}, capture_output=True, check=False
-            )
+        podman("kube", "down", manifest)
+        podman("volume", "rm", "--force", CLAIM)
+        podman("secret", "rm", SECRET)
 
 
 def test_the_pod_completes_a_prompt_with_orthorank(server: Server) -> None:
