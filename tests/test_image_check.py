@@ -45,3 +45,11 @@ def test_a_plugin_that_vllm_would_not_find_is_refused(tmp_path: Path) -> None:
     assert run.stderr == (
         "check_image: error: vLLM's entry points vllm.general_plugins do not name orthorank\n"
     )
+
+
+def test_a_vllm_for_gpus_is_checked_on_a_machine_without_one(tmp_path: Path) -> None:
+    """Break seen: asking `vllm serve --help`, which needs a device."""
+    distribution(tmp_path, "vllm", "0.32.0")
+    run = checked(tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "runs in vLLM 0.32.0\n" in run.stdout

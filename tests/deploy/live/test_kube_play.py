@@ -19,7 +19,7 @@ from tests.deploy.live.containers import (
 from tests.deploy.tools import RELEASE, rendered, values_file
 
 KEY = "sesame"
-CLAIM, SECRET = "orthorank-test-models", "orthorank-test-keys"
+CLAIM, SHM, SECRET = "orthorank-test-models", "orthorank-test-shm", "orthorank-test-keys"
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +48,11 @@ def server(image: str, model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     deployment = rendered(values)["Deployment"]
     container = deployment["spec"]["template"]["spec"]["containers"][0]
     del container["ports"]
-    # podman makes its directory root's alone; a kubelet lets everyone write there.
-    container["volumeMounts"] = [
-        mount for mount in container["volumeMounts"] if mount["mountPath"] != "/dev/shm"
-    ]
+    # A kubelet makes it a tmpfs that all may write to; podman makes it a folder of root's.
+    for volume in deployment["spec"]["template"]["spec"]["volumes"]:
+        if volume["name"] == "shm":
+            del volume["emptyDir"]
+            volume["persistentVolumeClaim"] = {"claimName": SHM}
     # podman hands these to systemd, and they name the port.
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         del container[probe]
@@ -64,6 +65,8 @@ def server(image: str, model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     podman("secret", "create", SECRET, secret)
     bind = ("--opt", "type=none", "--opt", "o=bind", "--opt", f"device={model.parent}")
     podman("volume", "create", *bind, CLAIM)
+    tmpfs = ("--opt", "type=tmpfs", "--opt", "device=tmpfs", "--opt", "o=mode=1777,size=1g")
+    podman("volume", "create", *tmpfs, SHM)
     try:
         podman("kube", "play", "--network", "host", manifest)
         name = podman("ps", "--format", "{{.Names}}", "--filter", f"name={RELEASE}-.*-vllm")
@@ -72,7 +75,7 @@ def server(image: str, model: Path, tmp_path_factory: pytest.TempPathFactory) ->
         yield running
     finally:
         podman("kube", "down", manifest)
-        podman("volume", "rm", "--force", CLAIM)
+        podman("volume", "rm", "--force", CLAIM, SHM)
         podman("secret", "rm", SECRET)
 
 
