@@ -40,7 +40,7 @@ DEPLOY_STAMP = $(DEPLOY_VENV)/.installed
 DEPLOY_CHECKS = prometheus prometheus-alertmanager
 DEPLOY_RUNS   = $(DEPLOY_CHECKS) buildah podman runc catatonit mmdebstrap nginx-light
 
-.PHONY: help venv model browser serve test lint bench deploy-lint deploy-test clean distclean
+.PHONY: help venv model browser serve test lint bench deploy-lint deploy-test deploy-clean clean distclean
 
 help:
 	@echo "make venv       the virtual environment $(VENV) (PYTHON=$(PYTHON), 3.4 GB)"
@@ -52,6 +52,7 @@ help:
 	@echo "make bench      the speed against stock vLLM (MODEL= RATIO=$(RATIO) ARGS=)"
 	@echo "make deploy-lint  the chart, images, dashboard and alerts, as far as files tell; Prometheus's package, as root"
 	@echo "make deploy-test  that, and all of it run for real: containers, alerts, replicas; as root (10 GB)"
+	@echo "make deploy-clean removes the images that deploy-test keeps for its next run"
 	@echo "make clean      removes caches and build output"
 	@echo "make distclean  removes $(VENV) and $(FETCHED) as well"
 
@@ -133,6 +134,10 @@ deploy-test: $(STAMP) model $(DEPLOY_STAMP)
 	@echo "deploy-test: pytest tests/deploy"
 	@exec env ORTHORANK_TEST_VENV=$(abspath $(VENV)) ORTHORANK_TEST_MODEL=$(abspath $(MODEL)) \
 		$(DEPLOY_VENV)/bin/python -m pytest tests/deploy -v $(ARGS)
+
+deploy-clean:
+	@echo "deploy-clean: removing the tests' images"
+	@STORAGE_DRIVER=overlay podman rmi --force localhost/orthorank-vllm:test localhost/vllm-cpu:test localhost/debian:bookworm
 
 clean:
 	@echo "clean: removing caches and build output"

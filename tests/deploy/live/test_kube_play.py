@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from tests.deploy.live.containers import (
 from tests.deploy.tools import RELEASE, rendered, values_file
 
 KEY = "sesame"
-CLAIM, SHM, SECRET = "orthorank-test-models", "orthorank-test-shm", "orthorank-test-keys"
+CLAIM, SECRET = "orthorank-test-models", "orthorank-test-keys"
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +49,11 @@ def server(image: str, model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     deployment = rendered(values)["Deployment"]
     container = deployment["spec"]["template"]["spec"]["containers"][0]
     del container["ports"]
-    # A kubelet makes it a tmpfs that all may write to; podman makes it a folder of root's.
-    for volume in deployment["spec"]["template"]["spec"]["volumes"]:
-        if volume["name"] == "shm":
-            del volume["emptyDir"]
-            volume["persistentVolumeClaim"] = {"claimName": SHM}
+    # A kubelet makes it a tmpfs that all may write to, podman a folder that only root may. The
+    # one that podman gives by itself is as large.
+    container["volumeMounts"] = [
+        mount for mount in container["volumeMounts"] if mount["mountPath"] != "/dev/shm"
+    ]
     # podman hands these to systemd, and they name the port.
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         del container[probe]
@@ -62,21 +63,18 @@ def server(image: str, model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     # A Secret's data as this podman keeps it: it does not read back what it makes of the object.
     secret = folder / "secret.json"
     secret.write_text(json.dumps({"api-key": base64.b64encode(KEY.encode()).decode()}))
-    podman("secret", "create", SECRET, secret)
     bind = ("--opt", "type=none", "--opt", "o=bind", "--opt", f"device={model.parent}")
-    podman("volume", "create", *bind, CLAIM)
-    tmpfs = ("--opt", "type=tmpfs", "--opt", "device=tmpfs", "--opt", "o=mode=1777,size=1g")
-    podman("volume", "create", *tmpfs, SHM)
-    try:
+    with ExitStack() as made:
+        podman("secret", "create", SECRET, secret)
+        made.callback(podman, "secret", "rm", SECRET)
+        podman("volume", "create", *bind, CLAIM)
+        made.callback(podman, "volume", "rm", "--force", CLAIM)
+        made.callback(podman, "kube", "down", manifest)
         podman("kube", "play", "--network", "host", manifest)
         name = podman("ps", "--format", "{{.Names}}", "--filter", f"name={RELEASE}-.*-vllm")
         running = Server(name.split()[0], port, KEY)
         running.wait_until_healthy()
         yield running
-    finally:
-        podman("kube", "down", manifest)
-        podman("volume", "rm", "--force", CLAIM, SHM)
-        podman("secret", "rm", SECRET)
 
 
 def test_the_pod_completes_a_prompt_with_orthorank(server: Server) -> None:
