@@ -50,11 +50,11 @@ help:
 	@echo "make test       the tests (TESTS=$(TESTS) ARGS= JOBS=$(JOBS))"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the speed against stock vLLM (MODEL= RATIO=$(RATIO) ARGS=)"
-	@echo "make deploy-lint  the chart, images, dashboard and alerts, as far as files tell; Prometheus's package, as root"
-	@echo "make deploy-test  that, and all of it run for real: containers, alerts, replicas; as root (10 GB)"
-	@echo "make deploy-clean removes the images that deploy-test keeps for its next run"
+	@echo "make deploy-lint   the chart, images, dashboard and alerts, as far as files tell; Prometheus's package, as root"
+	@echo "make deploy-test   that, and all of it run for real: containers, alerts, replicas; as root (10 GB)"
+	@echo "make deploy-clean  removes the images that deploy-test keeps for its next run"
 	@echo "make clean      removes caches and build output"
-	@echo "make distclean  removes $(VENV) and $(FETCHED) as well"
+	@echo "make distclean  removes $(VENV), $(DEPLOY_VENV) and $(FETCHED) as well"
 
 venv: $(STAMP)
 	@echo "venv: $(VENV) is ready"
@@ -109,7 +109,7 @@ bench: $(STAMP) model
 
 $(DEPLOY_STAMP): requirements/deploy.lock
 	@echo "deploy: installing into $(DEPLOY_VENV) (500 MB)"
-	@rm -rf $(DEPLOY_VENV)
+	@if [ -e $(DEPLOY_VENV)/pyvenv.cfg ]; then rm -rf $(DEPLOY_VENV); fi
 	@$(PYTHON) -m venv $(DEPLOY_VENV)
 	@$(DEPLOY_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r requirements/deploy.lock
 	@touch $@
@@ -145,6 +145,7 @@ clean:
 	@find orthorank_vllm tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	@echo "distclean: removing $(VENV) and $(FETCHED)"
+	@echo "distclean: removing $(VENV), $(DEPLOY_VENV) and $(FETCHED)"
 	@if [ -e $(VENV)/pyvenv.cfg ] || [ -e $(PARTIAL) ]; then rm -rf $(VENV); fi
-	@rm -rf $(FETCHED) $(DEPLOY_VENV)
+	@if [ -e $(DEPLOY_VENV)/pyvenv.cfg ]; then rm -rf $(DEPLOY_VENV); fi
+	@rm -rf $(FETCHED)
