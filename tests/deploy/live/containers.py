@@ -69,22 +69,23 @@ class Server:
     def is_running(self) -> bool:
         return podman("inspect", "-f", "{{.State.Running}}", self.name).strip() == "true"
 
-    def is_healthy(self) -> bool:
-        try:
-            self.get("/health")
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            return False
-        return True
-
     def wait_until_healthy(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
-            if self.is_healthy():
+            if is_healthy(self.url):
                 return
             if not self.is_running():
                 pytest.fail(f"{self.name} ended:\n{self.logs()[-8000:]}")
             time.sleep(1)
         pytest.fail(f"{self.name} is not healthy after {START_SECONDS} s:\n{self.logs()[-4000:]}")
+
+
+def is_healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=30):
+            return True
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
 
 
 def post(

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.live.containers import Server, completion, free_port, podman, running
+from tests.deploy.live.containers import (
+    Server,
+    completion,
+    free_port,
+    is_healthy,
+    podman,
+    running,
+)
 from tests.deploy.tools import ROOT
 
 CONFIGURATION = ROOT / "deploy" / "replicas" / "nginx.conf"
@@ -38,8 +45,12 @@ def balancer(replicas: list[Server], tmp_path: Path) -> Iterator[str]:
     with (tmp_path / "log").open("wb") as log:
         command = [nginx, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")]
         process = subprocess.Popen(command, stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
     try:
-        yield f"http://127.0.0.1:{port}"
+        while not is_healthy(url):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        yield url
     finally:
         process.terminate()
         process.wait()
