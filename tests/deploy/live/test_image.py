@@ -71,7 +71,10 @@ def test_its_health_check_succeeds(server: Server) -> None:
 
 
 def test_it_finishes_a_running_completion_when_told_to_stop(server: Server) -> None:
-    """Last in the file: it ends the server."""
+    """Last in the file: it ends the server.
+
+    Break seen: without vLLM's `--shutdown-timeout` the stream breaks off.
+    """
     tokens = 300
     body = {"prompt": "Once upon a time", "max_tokens": tokens, "ignore_eos": True, "stream": True}
     events: list[str] = []
