@@ -13,12 +13,13 @@ from orthorank_vllm import __version__
 from orthorank_vllm.options import OptionError
 
 # Name: module with `add_arguments(parser)` and `run(arguments) -> exit status`, and what it does.
-# All but the last take a model, and vLLM's options.
+# One whose module has TAKES_MODEL = False takes neither a model nor vLLM's options.
 COMMANDS = {
     "calibrate": ("orthorank_vllm.calibrate.command", "choose a model's layers by measurement"),
     "evaluate": ("orthorank_vllm.evaluate.command", "measure what a ratio costs in quality"),
     "bench": ("orthorank_vllm.bench.command", "measure what a ratio gains in speed"),
     "doctor": ("orthorank_vllm.doctor.command", "check this installation, or a running server"),
+    "device-check": ("orthorank_vllm.device_check.command", "check this machine's GPU"),
 }
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -41,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     _quieten_vllm()
     try:
-        return _examine(argv[1:]) if name == "doctor" else _run(name, argv[1:])
+        module: Any = importlib.import_module(COMMANDS[name][0])
+        if getattr(module, "TAKES_MODEL", True):
+            return _run_on_model(name, module, argv[1:])
+        return _run(name, module, argv[1:])
     except OptionError as error:
         print(f"orthorank {name}: error: {error}", file=sys.stderr)
         return 2
@@ -49,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _run(name: str, argv: list[str]) -> int:
+def _run_on_model(name: str, module: Any, argv: list[str]) -> int:
     try:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -57,7 +61,6 @@ def _run(name: str, argv: list[str]) -> int:
         raise OptionError(
             f"vLLM cannot be imported ({error}); pip install 'orthorank-vllm[vllm]'"
         ) from None
-    module: Any = importlib.import_module(COMMANDS[name][0])
     parser = FlexibleArgumentParser(
         prog=f"orthorank {name}",
         usage=f"orthorank {name} MODEL [options] [vLLM's engine options, such as --dtype]",
@@ -74,10 +77,9 @@ def _run(name: str, argv: list[str]) -> int:
     return int(module.run(arguments))
 
 
-def _examine(argv: list[str]) -> int:
-    # Not vLLM's parser: this has to work where vLLM does not.
-    module: Any = importlib.import_module(COMMANDS["doctor"][0])
-    parser = argparse.ArgumentParser(prog="orthorank doctor", description=module.__doc__)
+def _run(name: str, module: Any, argv: list[str]) -> int:
+    # Not vLLM's parser: these have to work where vLLM does not.
+    parser = argparse.ArgumentParser(prog=f"orthorank {name}", description=module.__doc__)
     module.add_arguments(parser)
     return int(module.run(parser.parse_args(argv)))
 

@@ -32,6 +32,7 @@ class OrthoRankConfig:
     source: str
     to_choose: int = 0
     calibrate_seconds: float = 0.0
+    attention: str = "auto"
 
     @property
     def ratio(self) -> float:
@@ -100,6 +101,7 @@ def resolve(options: Options, model: Mapping[str, Any], cache_root: str) -> Orth
         layers=(),
         num_layers=num_layers,
         source="",
+        attention=options.attention,
     )
     if options.layers is not None:
         _check_layers(options, num_layers)

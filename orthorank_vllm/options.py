@@ -8,7 +8,9 @@ from typing import Any
 DEFAULT_KEEP = 1 / 3
 DEFAULT_WINDOW = 128
 DEFAULT_CALIBRATE_SECONDS = 60.0
-OPTION_NAMES = ("ratio", "keep", "window", "layers", "profile", "calibrate_seconds")
+# What `attention` may be: ways for a sparse set of queries, see the package of that name.
+ATTENTION_WAYS = ("auto", "gather", "triton", "cpu")
+OPTION_NAMES = ("ratio", "keep", "window", "layers", "profile", "calibrate_seconds", "attention")
 
 
 class OptionError(ValueError):
@@ -81,6 +83,13 @@ def parse_calibrate_seconds(value: object) -> float:
     return number
 
 
+def parse_attention(value: object) -> str:
+    """How the selected tokens attend."""
+    if value not in ATTENTION_WAYS:
+        raise rejected("attention", value, f"give one of {', '.join(ATTENTION_WAYS)}")
+    return str(value)
+
+
 _PARSERS = {
     "ratio": parse_ratio,
     "keep": parse_keep,
@@ -88,6 +97,7 @@ _PARSERS = {
     "layers": parse_layers,
     "profile": parse_profile,
     "calibrate_seconds": parse_calibrate_seconds,
+    "attention": parse_attention,
 }
 
 
@@ -101,6 +111,7 @@ class Options:
     layers: tuple[int, ...] | None = None
     profile: str | None = None
     calibrate_seconds: float = DEFAULT_CALIBRATE_SECONDS
+    attention: str = "auto"
 
     @classmethod
     def from_mapping(cls, given: object) -> "Options":

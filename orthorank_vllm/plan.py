@@ -63,6 +63,7 @@ class Plan:
             all past its prompt. None if all are.
         read_per_request: [batch] how many those are.
         num_tokens: rows in the batch.
+        window: positions per window, 0 for the whole prompt.
         batch: what the plan was made of.
     """
 
@@ -79,6 +80,7 @@ class Plan:
     read: Ints | None
     read_per_request: Ints
     num_tokens: int
+    window: int
     batch: Batch
 
     @property
@@ -156,5 +158,18 @@ def make_plan(batch: Batch, keep: float, window: int) -> Plan | None:
         read=None if batch.is_read_whole else rows[is_read],
         read_per_request=np.bincount(request_of_row[is_read], minlength=len(batch.query_len)),
         num_tokens=num_tokens,
+        window=window,
         batch=batch,
     )
+
+
+def rehearsal_batch(num_tokens: int, most_requests: int) -> Batch:
+    """The batch of so many tokens that needs most memory: as many prompts as there can be.
+
+    Each of them rounds up what it selects, and is scored against a sink of its own.
+    """
+    requests = min(most_requests, max(num_tokens // 2, 1))
+    length = np.full(requests, num_tokens // requests, dtype=np.int64)
+    length[-1] += num_tokens % requests
+    nothing = np.zeros_like(length)
+    return Batch(nothing, length, length, first_token=nothing, is_read_whole=True)

@@ -34,6 +34,16 @@ WORKER_SEAMS = (
     "vllm._custom_ops:fused_add_rms_norm",
     "vllm._custom_ops:rms_norm",
     "vllm._custom_ops:cpu_attention_with_kv_cache",
+    "vllm.forward_context:get_forward_context",
+)
+# In workers of Model Runner V2; all of its modules need a GPU's Triton.
+GPU_SEAMS = (
+    "vllm.v1.worker.gpu.model_states:init_model_state",
+    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.add_request",
+    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn",
+    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_inputs",
+    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.postprocess_state",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.get_model",
 )
 
 _registered = False
@@ -182,7 +192,11 @@ def __getattr__(name: str) -> Any:
     """
     if name not in ORTHORANK_OF.values():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from vllm.platforms import current_platform
+
     require_seams(WORKER_SEAMS)
+    if current_platform.is_cuda():
+        require_seams(GPU_SEAMS)
     _hook_model_runner()
     from orthorank_vllm.engine.models import orthorank_class
 

@@ -4,11 +4,13 @@ Rules 1 to 4 of README.md, "The selection rule"; arXiv 2507.03865, section 4,
 with windows added. Device tensors only, no synchronisation.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from orthorank_vllm.plan import Plan
+from orthorank_vllm.plan import Ints, Plan
+from orthorank_vllm.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,40 @@ class Competition:
     winners: torch.Tensor
     always: torch.Tensor
 
-    @classmethod
-    def of(cls, plan: Plan, device: torch.device) -> "Competition":
+    @staticmethod
+    def arrays_of(plan: Plan) -> tuple[Ints, ...]:
+        """The attributes on the host, in order."""
         rank = plan.part << 32
         rank[plan.at_position_0] |= 1 << 31
         pair = plan.candidates * len(plan.requests) + plan.request
-        arrays = (plan.candidates, pair, rank, plan.winners, plan.always)
-        return cls(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
+        return plan.candidates, pair, rank, plan.winners, plan.always
+
+    @classmethod
+    def of_arrays(cls, plan: Plan, arrays: Sequence[torch.Tensor]) -> "Competition":
+        """
+        Args:
+            arrays: those of `arrays_of`, on the device.
+        """
+        return cls(*arrays)
+
+    @classmethod
+    def of(cls, plan: Plan, device: torch.device) -> "Competition":
+        return cls.of_arrays(plan, to_device(cls.arrays_of(plan), device))
+
+    def rows(
+        self, stream: torch.Tensor, sink_rows: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """Rows to update, ascending: see `select`.
+
+        Args:
+            stream: [tokens, hidden] residual stream that enters the layer.
+            sink_rows: [capacity, hidden] states of position 0 there.
+            slots: [R] int64, each request's place among them.
+
+        Returns:
+            [plan.num_selected] int64.
+        """
+        return select(score(stream, sink_rows[slots], self), self)
 
 
 def score(stream: torch.Tensor, sinks: torch.Tensor, competition: Competition) -> torch.Tensor:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orthorank_vllm.plan import Batch, Plan, make_plan
+from orthorank_vllm.plan import Batch, Plan, make_plan, rehearsal_batch
 
 
 def batch(*requests: tuple[int, int, int]) -> Batch:
@@ -166,3 +166,18 @@ def test_a_plan_is_made_in_a_few_vector_operations(tokens: int) -> None:
     profile = cProfile.Profile()
     profile.runcall(make_plan, batch((0, tokens, tokens)), 1 / 3, 128)
     assert pstats.Stats(profile).total_calls < 400  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("tokens", "most"), [(8192, 256), (8193, 256), (16, 256), (1, 4), (3, 4)])
+def test_the_rehearsed_plan_selects_no_less_than_that_of_one_prompt_as_long(
+    tokens: int, most: int
+) -> None:
+    rehearsed = rehearsal_batch(tokens, most)
+    assert rehearsed.query_len.sum() == tokens
+    assert len(rehearsed.query_len) <= most
+    assert rehearsed.is_read_whole
+    plan = make_plan(rehearsed, 1 / 3, 128)
+    one = make_plan(batch((0, tokens, tokens)), 1 / 3, 128)
+    assert (plan is None) == (one is None) == (tokens == 1)
+    if plan is not None and one is not None:
+        assert plan.num_selected >= one.num_selected

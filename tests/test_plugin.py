@@ -28,6 +28,7 @@ def test_the_architectures_are_known_to_vllm() -> None:
 def test_every_seam_is_in_this_vllm() -> None:
     plugin.require_seams(plugin.SEAMS)
     plugin.require_seams(plugin.WORKER_SEAMS)
+    plugin.require_seams(plugin.GPU_SEAMS)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,8 @@ def test_the_start_up_line_says_what_is_run(server: Server) -> None:
     assert len(lines) == 1
     assert (
         "ratio 0.311 (asked for 0.3), keep 0.333, window 128, 14 of 30 layers selective "
-        "[3,4,5,6,7,12,13,14,15,16,17,18,25,26], chosen by profile SmolLM2-135M-Instruct"
+        "[3,4,5,6,7,12,13,14,15,16,17,18,25,26], chosen by profile SmolLM2-135M-Instruct, "
+        "attention: cpu"
     ) in lines[0]
 
 

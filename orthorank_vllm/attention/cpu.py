@@ -16,18 +16,19 @@ from vllm import envs
 from vllm.model_executor.layers.attention.attention import (
     get_attention_context,
     unified_attention_with_output,
-    unified_kv_cache_update,
 )
 
 from orthorank_vllm.attention import blocks
+from orthorank_vllm.attention.pages import write_kv
 from orthorank_vllm.plan import Batch, Ints
+from orthorank_vllm.versions import cpu_isa
 
 # Decided once: it depends on the machine alone.
 IN_BLOCKS = blocks.is_faster_here()
 
 
 class CpuAttention:
-    """Attention of one forward; layers that compute as many rows share what is prepared here."""
+    """See `QueryAttention`."""
 
     def __init__(self, batch: Batch, rows_per_request: Ints) -> None:
         """
@@ -45,38 +46,17 @@ class CpuAttention:
             self._left = _Runs(request[is_left])
         self._is_dense = bool((rows_per_request == batch.query_len).all())
 
-    @staticmethod
-    def write_kv(attn: Any, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Write every token's K and V, as the stock layer does.
-
-        Args:
-            attn: vLLM's `Attention` layer.
-            key, value: [tokens, kv heads x head size].
-        """
-        unified_kv_cache_update(
-            key.view(-1, attn.num_kv_heads, attn.head_size),
-            value.view(-1, attn.num_kv_heads, attn.head_size),
-            attn.layer_name,
-        )
-
     def __call__(
         self,
         attn: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        rows: torch.Tensor | None,
         positions: torch.Tensor,
     ) -> torch.Tensor:
-        """
-        Args:
-            attn: vLLM's `Attention` layer, K and V of this forward written.
-            query: [selected, heads x head size], rotated.
-            key, value: [tokens, kv heads x head size], as written.
-            positions: [selected] absolute position of each query.
-
-        Returns:
-            [selected, heads x head size].
-        """
+        """See `QueryAttention`."""
+        write_kv(attn, key, value)
         query = query.view(-1, attn.num_heads, attn.head_size)
         output = torch.empty_like(query)
         if not self._whole or not blocks.is_plain(attn):
@@ -144,7 +124,7 @@ class _Runs:
                 query_start_loc=starts,
                 causal=True,
                 sliding_window_size=impl.sliding_window,
-                isa=attn.isa,
+                isa=cpu_isa(attn),
                 enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
             ),
             s_aux=impl.sinks,

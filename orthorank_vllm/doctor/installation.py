@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, requires, version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 from orthorank_vllm import __version__
-from orthorank_vllm.doctor.check import Check, failed, ok, warning
+from orthorank_vllm.doctor.check import FAILED, Check, failed, ok, warning
 from orthorank_vllm.profiles import shipped_profiles
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 INSTALL = "pip install 'orthorank-vllm[vllm]'"
 # What the tests run with, see requirements/.
@@ -23,7 +27,7 @@ def checks() -> Iterator[Check]:
     yield ok("orthorank-vllm", f"{__version__}, Python {platform.python_version()}")
     found = _vllm()
     yield found
-    if not found.mend:
+    if found.state != FAILED:
         yield from _tested_versions()
     yield _plugin()
     yield _endpoint()
@@ -43,22 +47,36 @@ def _vllm() -> Check:
         installed = version("vllm")
     except PackageNotFoundError:
         return failed("vLLM", "not installed", INSTALL)
-    from packaging.requirements import Requirement
     from packaging.version import Version
 
-    wanted = next(
-        requirement
-        for requirement in map(Requirement, requires("orthorank-vllm") or [])
-        if requirement.name == "vllm"
-    )
+    wanted = _supported()
+    if wanted is None:
+        return warning(
+            "vLLM",
+            f"{installed}; whether that is supported is not known, as orthorank-vllm's metadata "
+            "is missing",
+            "Install orthorank-vllm with pip",
+        )
     # A local version such as 0.32.0+cpu is that release.
-    if not wanted.specifier.contains(Version(installed).public, prereleases=True):
+    if not wanted.contains(Version(installed).public, prereleases=True):
         return failed(
             "vLLM",
-            f"{installed}, and orthorank-vllm {__version__} works with {wanted.specifier}",
+            f"{installed}, and orthorank-vllm {__version__} works with {wanted}",
             f"Install such a vLLM ({INSTALL}) or another orthorank-vllm",
         )
-    return ok("vLLM", f"{installed}, {wanted.specifier} is supported")
+    return ok("vLLM", f"{installed}, {wanted} is supported")
+
+
+def _supported() -> "SpecifierSet | None":
+    """vLLM's versions, as the package's own metadata has them."""
+    from packaging.requirements import Requirement
+
+    try:
+        lines = requires("orthorank-vllm") or []
+    except PackageNotFoundError:
+        return None
+    wanted = (line for line in map(Requirement, lines) if line.name == "vllm")
+    return next((requirement.specifier for requirement in wanted), None)
 
 
 def _tested_versions() -> Iterator[Check]:

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 from orthorank_vllm.options import (
+    ATTENTION_WAYS,
     DEFAULT_CALIBRATE_SECONDS,
     DEFAULT_WINDOW,
     OPTION_NAMES,
     OptionError,
     flag_of,
+    parse_attention,
     parse_calibrate_seconds,
     parse_keep,
     parse_layers,
@@ -68,6 +70,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "Where the model has no profile: time to choose its layers by measurement when it is "
         "first started; 0 takes evenly spaced ones "
         f"(default: {DEFAULT_CALIBRATE_SECONDS:g}).",
+    )
+    add_flag(
+        "attention",
+        parse_attention,
+        f"How the selected tokens attend, for comparisons and as a way out: one of "
+        f"{', '.join(ATTENTION_WAYS)} (default: auto).",
     )
 
 

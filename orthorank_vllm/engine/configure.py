@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from orthorank_vllm.attention import check_way
 from orthorank_vllm.config import resolve
 from orthorank_vllm.engine.architectures import hf_overrides_for
 from orthorank_vllm.engine.refusals import check_supported
@@ -21,7 +22,7 @@ def configure(
     leaves no trace of OrthoRank: the configuration, and its hash, are stock.
 
     Raises:
-        OptionError: see `config` and `refusals`.
+        OptionError: see `config`, `refusals` and `attention`.
     """
     from vllm import envs
 
@@ -36,6 +37,7 @@ def configure(
     vllm_config = create_engine_config(engine_args, *args, **kwargs)
     check_supported(vllm_config)
     model = model_identity(vllm_config.model_config.hf_text_config)
+    check_way(options.attention, vllm_config.device_config.device_type)
     config = resolve(options, model, envs.VLLM_CACHE_ROOT)
     vllm_config.additional_config = {
         **vllm_config.additional_config,

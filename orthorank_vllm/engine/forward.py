@@ -6,19 +6,40 @@ Works on vLLM's own modules from outside: the compiled model is not entered and
 no layer is replaced, so the dense path stays bit-identical to stock vLLM.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
+import numpy as np
 import torch
 
-from orthorank_vllm.attention import SparseAttention
+from orthorank_vllm.attention import AttentionWay, QueryAttention
+from orthorank_vllm.attention.pages import write_kv
 from orthorank_vllm.engine.kernels import add_and_norm
 from orthorank_vllm.engine.parts import Decoder, DecoderLayer
 from orthorank_vllm.engine.projections import SplitWeight, project
 from orthorank_vllm.engine.ranks import of_first_rank
 from orthorank_vllm.engine.sinks import SinkTable
 from orthorank_vllm.plan import Ints, Plan
-from orthorank_vllm.selection import Competition, score, select
+from orthorank_vllm.selection import Competition
+from orthorank_vllm.transfer import to_device
+
+
+class AnyCompetition(Protocol):
+    """One of `selection.Competition` and `selection_kernels.PartedCompetition`."""
+
+    @staticmethod
+    def arrays_of(plan: Plan) -> tuple[Ints, ...]:
+        """What is needed of it on the device."""
+
+    @classmethod
+    def of_arrays(cls, plan: Plan, arrays: Sequence[torch.Tensor]) -> "AnyCompetition":
+        """Of these, once they are there."""
+
+    def rows(
+        self, stream: torch.Tensor, sink_rows: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Competition.rows`."""
 
 
 @dataclass
@@ -43,16 +64,18 @@ class Step:
         sink_slots: [R] rows of the sink table, one for each competing request.
         fresh_rows, fresh_slots: rows of this batch that are a position 0, and
             the slots that they renew.
+        read: [N] int64, the rows whose output is read; None: all.
         selected: each selective layer's rows, [plan.num_selected] int64.
         sink_hits, sink_misses: see `Outcome`.
     """
 
-    competition: Competition
-    attention: SparseAttention
-    dense_attention: SparseAttention
+    competition: AnyCompetition
+    attention: QueryAttention
+    dense_attention: QueryAttention
     sink_slots: torch.Tensor
     fresh_rows: torch.Tensor
     fresh_slots: torch.Tensor
+    read: torch.Tensor | None
     selected: list[torch.Tensor]
     sink_hits: int
     sink_misses: int
@@ -85,6 +108,7 @@ def sparse_forward(
     decoder: Decoder,
     selective: dict[int, SelectiveLayer],
     sinks: SinkTable,
+    attention: AttentionWay,
     plan: Plan,
     positions: torch.Tensor,
     stream: torch.Tensor,
@@ -101,15 +125,16 @@ def sparse_forward(
     Returns:
         the same after the last layer here, right in the rows `plan.read`, and what to count.
     """
-    step = _start_step(decoder, selective, sinks, plan, positions.device)
+    step = _start_step(decoder, selective, sinks, attention, plan, positions.device)
     for index, layer in decoder.layers.items():
         if index in selective:
             kept = selective[index]
             sink_rows = sinks.rows[kept.sink_row]
             stream = _selective_layer(layer, step, sink_rows, kept.split, positions, stream, delta)
             delta = None
-        elif index == decoder.last_layer and plan.read is not None:
-            stream = _last_layer(layer, plan, plan.read, positions, stream, delta)
+        elif index == decoder.last_layer and step.read is not None:
+            of_read = attention.of_some(plan.batch, plan.read_per_request)
+            stream = _last_layer(layer, of_read, step.read, positions, stream, delta)
             delta = None
         else:
             delta, stream = _dense_layer(layer, step.dense_attention, positions, stream, delta)
@@ -155,6 +180,7 @@ def _start_step(
     decoder: Decoder,
     selective: dict[int, SelectiveLayer],
     sinks: SinkTable,
+    attention: AttentionWay,
     plan: Plan,
     device: torch.device,
 ) -> Step:
@@ -165,33 +191,46 @@ def _start_step(
     missing = [token for token in missing if token not in fresh]
     # No request whose position 0 is in the batch has a missing token.
     sink_misses = sum(token in missing for token in tokens)
-
-    def on_device(values: Any) -> torch.Tensor:
-        return torch.as_tensor(values, dtype=torch.int64).to(device, non_blocking=True)
-
+    slot_of_token = dict(zip(tokens, slots, strict=True))
+    kind = _kind_of_competition(plan, device)
+    competition = kind.arrays_of(plan)
+    others = (
+        np.array(slots, dtype=np.int64),
+        plan.sink_row[in_batch],
+        np.array([slots[r] for r in in_batch], dtype=np.int64),
+        np.array(missing, dtype=np.int64),
+        np.array([slot_of_token[token] for token in missing], dtype=np.int64),
+        np.zeros(0, dtype=np.int64) if plan.read is None else plan.read,
+    )
+    on_device = to_device((*competition, *others), device)
+    sink_slots, fresh_rows, fresh_slots, lost, lost_slots, read = on_device[len(competition) :]
     if missing:
-        slot_of_token = dict(zip(tokens, slots, strict=True))
-        sinks.rows.index_copy_(
-            1,
-            on_device([slot_of_token[token] for token in missing]),
-            sink_states(decoder, selective, on_device(missing)),
-        )
+        sinks.rows.index_copy_(1, lost_slots, sink_states(decoder, selective, lost))
     return Step(
-        competition=Competition.of(plan, device),
-        attention=SparseAttention(plan.batch, plan.selected_per_request),
-        dense_attention=SparseAttention(plan.batch, plan.batch.query_len),
-        sink_slots=on_device(slots),
-        fresh_rows=on_device(plan.sink_row[in_batch]),
-        fresh_slots=on_device([slots[r] for r in in_batch]),
+        competition=kind.of_arrays(plan, on_device[: len(competition)]),
+        attention=attention.of_some(plan.batch, plan.selected_per_request),
+        dense_attention=attention.of_all(plan.batch),
+        sink_slots=sink_slots,
+        fresh_rows=fresh_rows,
+        fresh_slots=fresh_slots,
+        read=None if plan.read is None else read,
         selected=[],
         sink_hits=len(tokens) - len(in_batch) - sink_misses,
         sink_misses=sink_misses,
     )
 
 
+def _kind_of_competition(plan: Plan, device: torch.device) -> type[AnyCompetition]:
+    if device.type == "cpu":
+        return Competition
+    from orthorank_vllm.selection_kernels import LARGEST_WINDOW, PartedCompetition
+
+    return PartedCompetition if 0 < plan.window <= LARGEST_WINDOW else Competition
+
+
 def _dense_layer(
     layer: DecoderLayer,
-    attention: SparseAttention,
+    attention: QueryAttention,
     positions: torch.Tensor,
     stream: torch.Tensor,
     delta: torch.Tensor | None,
@@ -202,8 +241,7 @@ def _dense_layer(
     qkv, _ = attn.qkv_proj(normed)
     query, key, value = qkv.split([attn.q_size, attn.kv_size, attn.kv_size], dim=-1)
     query, key = layer.queries_and_keys(positions, query, key)
-    attention.write_kv(attn.attn, key, value)
-    delta = layer.after_attention(attention(attn.attn, query, key, value, positions))
+    delta = layer.after_attention(attention(attn.attn, query, key, value, None, positions))
     normed, stream = add_and_norm(layer.post_norm, stream, delta)
     return layer.after_feed_forward(normed), stream
 
@@ -227,34 +265,34 @@ def _selective_layer(
     """
     normed, stream = add_and_norm(layer.input_norm, stream, delta)
     sink_rows.index_copy_(0, step.fresh_slots, stream[step.fresh_rows])
-    scores = score(stream, sink_rows[step.sink_slots], step.competition)
-    rows = of_first_rank(select(scores, step.competition))
+    rows = of_first_rank(step.competition.rows(stream, sink_rows, step.sink_slots))
     step.selected.append(rows)
     return _update(layer, step.attention, rows, split, positions, stream, normed)
 
 
 def _last_layer(
     layer: DecoderLayer,
-    plan: Plan,
-    read: Ints,
+    attention: QueryAttention,
+    rows: torch.Tensor,
     positions: torch.Tensor,
     stream: torch.Tensor,
     delta: torch.Tensor | None,
 ) -> torch.Tensor:
     """A dense last layer, whose unread rows nobody will miss; their K and V are written.
 
+    Args:
+        rows: [N] int64, those that are read.
+
     Returns:
-        [tokens, hidden] the residual stream, right in the rows `read`, the plan's.
+        [tokens, hidden] the residual stream, right in these rows.
     """
     normed, stream = add_and_norm(layer.input_norm, stream, delta)
-    rows = torch.from_numpy(read).to(stream.device, non_blocking=True)
-    attention = SparseAttention(plan.batch, plan.read_per_request)
     return _update(layer, attention, rows, None, positions, stream, normed)
 
 
 def _update(
     layer: DecoderLayer,
-    attention: SparseAttention,
+    attention: QueryAttention,
     rows: torch.Tensor,
     split: SplitWeight | None,
     positions: torch.Tensor,
@@ -274,11 +312,11 @@ def _update(
     attn = layer.attn
     key, value, query_of = project(attn, split, normed)
     key = layer.keys(positions, key)
-    attention.write_kv(attn.attn, key, value)
     if not len(rows):
+        write_kv(attn.attn, key, value)
         return stream
     positions = positions[rows]
     query = layer.queries(positions, query_of(rows))
-    delta = layer.after_attention(attention(attn.attn, query, key, value, positions))
+    delta = layer.after_attention(attention(attn.attn, query, key, value, rows, positions))
     normed, updated = add_and_norm(layer.post_norm, stream[rows], delta)
     return stream.index_copy_(0, rows, updated.add_(layer.after_feed_forward(normed)))

@@ -31,13 +31,17 @@ def _in_forward_context(function: Callable[..., _Answer]) -> Callable[..., _Answ
 
 
 class _Step:
-    """One step of the greedy choice: layers tried in ascending order share the part below."""
+    """One step of the greedy choice: layers tried in ascending order share the part below.
 
-    def __init__(self, forward: Forward, chosen: Sequence[int], num_layers: int) -> None:
-        self._forward = forward
+    Each forward goes through all layers before the next does: what they hold on the way, far
+    more than their residual streams, is held once.
+    """
+
+    def __init__(self, forwards: Sequence[Forward], chosen: Sequence[int], num_layers: int) -> None:
+        self._forwards = forwards
         self._chosen = frozenset(chosen)
         self._num_layers = num_layers
-        self._below = forward.embed()
+        self._below = [forward.embed() for forward in forwards]
         self._next_layer = 0
 
     def loss_with(self, layer: int | None) -> float | None:
@@ -45,32 +49,36 @@ class _Step:
         chosen = self._chosen
         if layer is not None:
             assert layer >= self._next_layer, "layers are tried in ascending order"
-            self._below = self._forward.through(
-                self._below, range(self._next_layer, layer), self._chosen
-            )
+            passed = range(self._next_layer, layer)
+            for index, forward in enumerate(self._forwards):
+                self._below[index] = forward.through(self._below[index], passed, self._chosen)
             self._next_layer = layer
             chosen = chosen | {layer}
-        stream = self._forward.through(
-            self._below.clone(), range(self._next_layer, self._num_layers), chosen
-        )
-        lengths = self._forward.texts.batch.query_len
-        scores = self._forward.log_probs(stream, [1] * len(lengths))
-        if scores is None:
-            return None
-        return -sum(score.log_prob for score in scores) / float((lengths - 1).sum())
+        above = range(self._next_layer, self._num_layers)
+        log_prob, scored, is_told = 0.0, 0, True
+        for forward, below in zip(self._forwards, self._below, strict=True):
+            lengths = forward.texts.batch.query_len
+            stream = forward.through(below.clone(), above, chosen)
+            scores = forward.log_probs(stream, [1] * len(lengths))
+            # Not the end of it: the other ranks' logits come from this one too.
+            is_told = scores is not None
+            log_prob += sum(score.log_prob for score in scores or ())
+            scored += int((lengths - 1).sum())
+        return -log_prob / scored if is_told else None
 
 
 @_in_forward_context
 def use_texts(worker: Any, texts: Sequence[Sequence[int]], treatment: Treatment) -> None:
     """Take these texts, token ids, and this treatment for the steps to come."""
-    worker.orthorank_forward = Forward(worker.get_model(), texts, treatment)
+    model = worker.get_model()
+    worker.orthorank_forwards = [Forward(model, [text], treatment) for text in texts]
 
 
 @_in_forward_context
 def start_step(worker: Any, chosen: Sequence[int]) -> None:
     """Start over from the embeddings, with some layers chosen already."""
     model = worker.get_model().model
-    worker.orthorank_step = _Step(worker.orthorank_forward, chosen, len(model.layers))
+    worker.orthorank_step = _Step(worker.orthorank_forwards, chosen, len(model.layers))
 
 
 @_in_forward_context
@@ -111,7 +119,7 @@ def cosines_to_sink(worker: Any, text: Sequence[int]) -> list[list[float]]:
 
 def forget_texts(worker: Any) -> None:
     """Free what the functions above keep."""
-    for name in ("orthorank_forward", "orthorank_step"):
+    for name in ("orthorank_forwards", "orthorank_step"):
         if name in vars(worker):
             delattr(worker, name)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.models import ModelRegistry
 from vllm.sequence import IntermediateTensors
 
@@ -35,12 +36,22 @@ class OrthoRankForCausalLM:
         orthorank_plan: Plan | None = None,
     ) -> torch.Tensor | IntermediateTensors:
         if orthorank_plan is None:
+            if self.orthorank.has_to_rehearse and get_forward_context().attn_metadata is None:
+                self.orthorank.rehearse(input_ids, positions)
             stock: Any = super()
             states: torch.Tensor | IntermediateTensors = stock.forward(
                 input_ids, positions, intermediate_tensors, inputs_embeds
             )
             return states
         return self.orthorank.forward(orthorank_plan, input_ids, positions, intermediate_tensors)
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """Asked for by Model Runner V2 (vllm/v1/worker/gpu/model_states/__init__.py)."""
+        # Its modules need Triton and a driver, which a CPU lacks.
+        from orthorank_vllm.engine.runner_v2 import OrthoRankModelState
+
+        return OrthoRankModelState
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         stock: Any = super()

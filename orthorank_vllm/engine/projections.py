@@ -1,15 +1,17 @@
 """Q, K and V of a selective layer: K and V for every token, Q only for the selected ones.
 
 vLLM keeps one fused weight, `[q | k | v]` by rows (vllm/model_executor/layers/linear.py,
-QKVParallelLinear), and on CPU packs it while loading. Where it is not quantised, two more
-packed weights are made of it before that; otherwise Q is computed for all and gathered.
+QKVParallelLinear). Where it is not quantised it is cut in two: on a GPU as two views of it; on CPU,
+where vLLM packs it while loading, as two more packed weights, made before that. Otherwise Q is
+computed for all tokens and gathered.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
@@ -44,8 +46,47 @@ class FusedWeight:
         return cls(weight.detach(), bias, attn.q_size)
 
 
-class SplitWeight:
+class SplitWeight(Protocol):
     """The fused weight of one layer, cut between Q and K."""
+
+    def query(self, rows: torch.Tensor) -> torch.Tensor:
+        """[rows, heads x head size] of [rows, hidden]."""
+
+    def key_value(self, rows: torch.Tensor) -> torch.Tensor:
+        """[rows, 2 x kv heads x head size] of [rows, hidden]."""
+
+
+class SlicedWeight:
+    """A cut by views: the weight stays where it is, and may be loaded anew."""
+
+    def __init__(self, attn: Any) -> None:
+        self._fused = attn.qkv_proj
+        self._query_rows = attn.q_size
+
+    @classmethod
+    def of(cls, attn: Any) -> "SlicedWeight | None":
+        """Of `attn.qkv_proj`; None if it has to stay whole, or is not on a GPU."""
+        weight = getattr(attn.qkv_proj, "weight", None)
+        is_plain = type(attn.qkv_proj.quant_method) is UnquantizedLinearMethod
+        if not is_plain or weight is None or weight.device.type != "cuda" or weight.ndim != 2:
+            return None
+        return cls(attn)
+
+    def query(self, rows: torch.Tensor) -> torch.Tensor:
+        """See `SplitWeight`."""
+        return self._linear(rows, slice(None, self._query_rows))
+
+    def key_value(self, rows: torch.Tensor) -> torch.Tensor:
+        """See `SplitWeight`."""
+        return self._linear(rows, slice(self._query_rows, None))
+
+    def _linear(self, rows: torch.Tensor, part: slice) -> torch.Tensor:
+        bias = self._fused.bias
+        return linear(rows, self._fused.weight[part], None if bias is None else bias[part])
+
+
+class PackedWeight:
+    """A cut by two more weights, packed for vLLM's CPU kernel."""
 
     def __init__(self, fused: FusedWeight) -> None:
         self.query = _packed(fused, slice(None, fused.query_rows))
@@ -79,8 +120,8 @@ def _packed(fused: FusedWeight, rows: slice) -> Linear:
     bias = None if fused.bias is None else fused.bias[rows]
     dispatch_cpu_unquantized_gemm(part, remove_weight=True)
 
-    def linear(rows_in: torch.Tensor) -> torch.Tensor:
+    def packed_linear(rows_in: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = part.cpu_linear(rows_in, part.weight, bias)
         return result
 
-    return linear
+    return packed_linear

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orthorank_vllm.options import OptionError
+from orthorank_vllm.versions import uses_micro_batches, uses_sequence_parallelism
 
 # Proposers whose drafts do not come from the target's hidden states.
 SPECULATION_WITHOUT_DRAFT_MODEL = ("ngram", "ngram_gpu", "suffix")
@@ -52,12 +53,18 @@ def _full_cudagraphs(vllm_config: Any) -> object:
 
 def _device(vllm_config: Any) -> object:
     device = vllm_config.device_config.device_type
+    if device == "cuda":
+        # vLLM calls AMD's GPUs by the same name.
+        from vllm.platforms import current_platform
+
+        return "rocm" if current_platform.is_rocm() else None
     return None if device == "cpu" else device
 
 
 def _kv_cache_dtype(vllm_config: Any) -> object:
     dtype = vllm_config.cache_config.cache_dtype
-    return None if dtype in ("auto", "float32", "float16", "bfloat16") else dtype
+    is_quantised = dtype not in ("auto", "float32", "float16", "bfloat16")
+    return dtype if is_quantised and vllm_config.device_config.device_type == "cpu" else None
 
 
 def _model_setting(name: str) -> Callable[[Any], object]:
@@ -79,16 +86,11 @@ def _data_parallel_experts(vllm_config: Any) -> object:
 
 
 REFUSALS = (
-    Refusal("device", _device, "so far it runs on CPU"),
-    Refusal(
-        "VLLM_USE_V2_MODEL_RUNNER",
-        lambda c: c.use_v2_model_runner or None,
-        "so far it runs in Model Runner V1",
-    ),
+    Refusal("device", _device, "it is written for CPU and for NVIDIA's GPUs"),
     Refusal(
         "--pipeline-parallel-size",
         lambda c: _if_above_one(c.parallel_config.pipeline_parallel_size),
-        "vLLM's own pipeline does not run on CPU",
+        "vLLM's own pipeline does not run on CPU, and on GPUs it has not been tried",
     ),
     Refusal(
         "--decode-context-parallel-size",
@@ -111,9 +113,19 @@ REFUSALS = (
         "the experts' load would be counted on selected rows alone",
     ),
     Refusal(
+        "--enable-return-routed-experts",
+        lambda c: getattr(c.model_config, "enable_return_routed_experts", False) or None,
+        "experts would be reported for selected rows alone",
+    ),
+    Refusal(
         "--enable-dbo",
-        lambda c: getattr(c.parallel_config, "enable_dbo", False) or None,
+        lambda c: uses_micro_batches(c.parallel_config) or None,
         "micro-batches would each get the whole batch's plan",
+    ),
+    Refusal(
+        "--compilation-config pass_config.enable_sp",
+        lambda c: uses_sequence_parallelism(c.compilation_config) or None,
+        "each rank would hold a part of the residual stream",
     ),
     Refusal(
         "--enable-lora",
@@ -176,7 +188,12 @@ REFUSALS = (
         lambda c: c.kv_transfer_config and c.kv_transfer_config.kv_connector,
         "connectors hook the stock attention, which a selective layer does not call",
     ),
-    Refusal("--kv-cache-dtype", _kv_cache_dtype, "so far K and V are read back unquantised"),
+    Refusal("--kv-cache-dtype", _kv_cache_dtype, "on CPU K and V are read back unquantised"),
+    Refusal(
+        "--calculate-kv-scales",
+        lambda c: getattr(c.cache_config, "calculate_kv_scales", False) or None,
+        "scales are calculated by the stock attention, which a selective layer may not call",
+    ),
     Refusal(
         "--enable-sleep-mode",
         lambda c: c.model_config.enable_sleep_mode or None,

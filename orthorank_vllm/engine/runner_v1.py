@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context
 
 from orthorank_vllm.engine.counting import Seconds
 from orthorank_vllm.plan import Batch
@@ -40,7 +42,10 @@ def with_plan(model_forward: Callable[..., Any]) -> Callable[..., Any]:
             return model_forward(self, *args, **model_kwargs)
         started = time.perf_counter()
         batch = batch_of(self)
-        plan = orthorank.plan(batch)
+        # A step that is replayed from a full CUDA graph does not run the model: steps as long as
+        # decoding's, prompts of one token among them. Those are dense.
+        is_replayed = get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.FULL
+        plan = None if is_replayed else orthorank.plan(batch)
         planned = time.perf_counter()
         if plan is not None:
             model_kwargs["orthorank_plan"] = plan

@@ -8,17 +8,18 @@ import torch
 from vllm.logger import init_logger
 from vllm.sequence import IntermediateTensors
 
+from orthorank_vllm.attention import choose_way
 from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.engine.counting import Seconds, StepCounter
 from orthorank_vllm.engine.forward import Outcome, SelectiveLayer, sparse_forward
 from orthorank_vllm.engine.kernels import add_and_norm
 from orthorank_vllm.engine.parts import Decoder
-from orthorank_vllm.engine.projections import FusedWeight, SplitWeight
+from orthorank_vllm.engine.projections import FusedWeight, PackedWeight, SlicedWeight, SplitWeight
 from orthorank_vllm.engine.ranks import is_first_rank
 from orthorank_vllm.engine.refusals import check_supported
 from orthorank_vllm.engine.sinks import SinkTable
 from orthorank_vllm.options import OptionError
-from orthorank_vllm.plan import Batch, Plan, make_plan
+from orthorank_vllm.plan import Batch, Plan, make_plan, rehearsal_batch
 
 # vLLM shows the log lines of its own namespace only.
 logger = init_logger("vllm.orthorank")
@@ -28,7 +29,13 @@ SPARE_SINK_SLOTS = 64
 
 
 class OrthoRank:
-    """The resolved configuration, the sink table and the counts of one worker."""
+    """The resolved configuration, the sink table and the counts of one worker.
+
+    Attributes:
+        attention: how the layers of a sparse forward attend; may be replaced between forwards.
+        needs_model_state: Model Runner V2 has not yet asked for the model's state, which brings
+            it the plans.
+    """
 
     def __init__(self, vllm_config: Any, model: Any) -> None:
         """
@@ -49,13 +56,17 @@ class OrthoRank:
         check_supported(vllm_config)
         self._decoder = Decoder(model)
         model_config = vllm_config.model_config
-        self._sink_capacity = vllm_config.scheduler_config.max_num_seqs + SPARE_SINK_SLOTS
+        self._max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+        self._sink_capacity = self._max_num_seqs + SPARE_SINK_SLOTS
         self._hidden_size = model_config.get_hidden_size()
         self._dtype = model_config.dtype
         self._device = torch.get_default_device()
         # The ranks compute the same tokens: one of them counts.
         self._counter = StepCounter.of(vllm_config, self._decoder) if is_first_rank() else None
         self._outcome: Outcome | None = None
+        # There vLLM sizes its KV cache by the memory that its first forward takes.
+        self._has_to_rehearse = self._device.type == "cuda"
+        self.needs_model_state = bool(vllm_config.use_v2_model_runner)
         # Weights of layers that may yet become selective.
         self._fused: dict[int, FusedWeight] = {}
         self.config = OrthoRankConfig.from_dict(settings)
@@ -71,6 +82,11 @@ class OrthoRank:
             for sink_row, layer in enumerate(ours)
         }
         self._fused = {}
+        self.attention = choose_way(
+            config.attention,
+            [layer.attn.attn for layer in self._decoder.layers.values()],
+            self._device.type,
+        )
         self._sinks = SinkTable(
             num_selective=len(ours),
             capacity=self._sink_capacity,
@@ -81,7 +97,12 @@ class OrthoRank:
         if self._counter is None:
             return
         self._counter.metrics.tell(config)
-        logger.info(config.describe())
+        logger.info("%s, attention: %s", config.describe(), self.attention.description)
+        if self._device.type != "cpu":
+            logger.warning(
+                "OrthoRank's path for GPUs has never run on one: before you rely on it, compare "
+                "its outputs and its speed with stock vLLM's (`orthorank device-check`)."
+            )
         if not config.measured:
             logger.warning(
                 "OrthoRank has no measured layer order for this model: its layers are evenly "
@@ -91,7 +112,9 @@ class OrthoRank:
 
     def _split_of(self, layer: int) -> SplitWeight | None:
         fused = self._fused.get(layer)
-        return None if fused is None else SplitWeight(fused)
+        if fused is None:
+            return SlicedWeight.of(self._decoder.layers[layer].attn)
+        return PackedWeight(fused)
 
     def plan(self, batch: Batch) -> Plan | None:
         """The competition of one forward, None if it is a dense one."""
@@ -120,21 +143,30 @@ class OrthoRank:
         """This stage's part of a forward with a plan.
 
         Args:
-            input_ids, positions: [tokens]; the ids are read in the first stage.
+            input_ids, positions: [tokens] or more, which pad them; the ids are read in the first
+                stage.
 
         Returns:
             [tokens, hidden] final normalised states, right in the rows `plan.read`;
             or what the next stage takes.
         """
+        positions = positions[: plan.num_tokens]
         delta: torch.Tensor | None = None
         if self._decoder.is_first:
             assert input_ids is not None
-            stream = self._decoder.embed(input_ids)
+            stream = self._decoder.embed(input_ids[: plan.num_tokens])
         else:
             assert from_earlier_stage is not None
             stream, delta = from_earlier_stage["residual"], from_earlier_stage["hidden_states"]
         stream, delta, self._outcome = sparse_forward(
-            self._decoder, self._selective, self._sinks, plan, positions, stream, delta
+            self._decoder,
+            self._selective,
+            self._sinks,
+            self.attention,
+            plan,
+            positions,
+            stream,
+            delta,
         )
         if self._decoder.is_last:
             hidden, _ = add_and_norm(self._decoder.norm, stream, delta)
@@ -142,6 +174,33 @@ class OrthoRank:
         if delta is None:
             delta = torch.zeros_like(stream)
         return IntermediateTensors({"hidden_states": delta, "residual": stream})
+
+    @property
+    def has_to_rehearse(self) -> bool:
+        """Whether the next forward without requests is the one that vLLM measures memory with."""
+        return self._has_to_rehearse
+
+    def rehearse(self, input_ids: torch.Tensor | None, positions: torch.Tensor) -> None:
+        """Run the sparse forward once on dummy tokens, so that its memory is measured too.
+
+        Without requests there is no KV cache and no attention; nothing is counted or remembered.
+
+        Args:
+            input_ids, positions: [tokens], as many as a forward can have.
+
+        Raises:
+            RuntimeError: vLLM's runner would call the model without plans.
+        """
+        if self.needs_model_state:
+            raise RuntimeError(
+                "OrthoRank would be inactive: Model Runner V2 did not ask for the model's state"
+            )
+        self._has_to_rehearse = False
+        plan = self.plan(rehearsal_batch(len(positions), self._max_num_seqs))
+        if plan is not None:
+            self.forward(plan, input_ids, positions, None)
+            self._outcome = None
+            self._sinks.clear()
 
     def count(self, batch: Batch, plan: Plan | None, seconds: Seconds) -> None:
         """Count one step and this stage's part of its token updates, after its forward."""

@@ -12,13 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from orthorank_vllm.calibrate.text import read_text, segments
 from orthorank_vllm.cli import main
 from orthorank_vllm.profiles import Profile, read_profile
 from tests.commands import refusal
 from tests.models import WEIGHT_ONLY
 from tests.reference import Reference, Rule
 
-OPTIONS = ["--dtype", "float32", "--tokens", "512", "--max-ratio", "0.4", "--window", "64"]
+OPTIONS = ["--dtype", "float32", "--tokens", "1024", "--max-ratio", "0.4", "--window", "64"]
 # Nor is there room for a KV cache, and none is needed.
 ALL_MEMORY = ["--gpu-memory-utilization", "1"]
 INT8 = json.dumps({"quantization_config_dict_json": json.dumps(WEIGHT_ONLY)})
@@ -67,13 +68,16 @@ def test_each_step_takes_the_layer_that_raises_the_references_loss_least(
 ) -> None:
     profile = read_profile(finished)
     tokenizer = AutoTokenizer.from_pretrained(small_model_path)
-    tokens = tokenizer(text_path.read_text())["input_ids"][:512]
+    texts = segments(read_text(str(text_path)), tokenizer.encode, tokens=1024, length=512)
     model = AutoModelForCausalLM.from_pretrained(small_model_path, dtype=torch.float32)
-    targets = torch.tensor(tokens[1:])[:, None]
 
     def loss(*layers: int) -> float:
-        request = Reference(model, Rule(layers, window=64)).start(tokens)
-        return -float(request.forward(0, 512)[:-1].gather(1, targets).mean())
+        reference = Reference(model, Rule(layers, window=64))
+        losses = []
+        for text in texts:
+            targets = torch.tensor(text[1:])[:, None]
+            losses.append(-reference.start(text).forward(0, 512)[:-1].gather(1, targets))
+        return float(torch.cat(losses).mean())
 
     assert profile.dense_loss == pytest.approx(loss(), abs=1e-3)
     assert len(profile.order) == 4
@@ -94,7 +98,7 @@ def test_a_profile_says_how_it_was_made(finished: Path, text_path: Path) -> None
     assert profile.data == {
         "name": "text.txt",
         "sha256": hashlib.sha256(text_path.read_bytes()).hexdigest(),
-        "tokens": 512,
+        "tokens": 1024,
         "length": 512,
     }
     assert (profile.keep, profile.window, profile.method) == (1 / 3, 64, "orthorank")

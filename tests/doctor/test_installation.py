@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import distribution
@@ -101,8 +102,11 @@ def environment_of(folder: Path, *modules: str) -> None:
     (folder / "orthorank_vllm").symlink_to(ROOT / "orthorank_vllm")
     metadata = folder / "orthorank_vllm-0.1.0.dist-info"
     metadata.mkdir()
-    for name in ("METADATA", "entry_points.txt"):
-        (metadata / name).write_text(distribution("orthorank-vllm").read_text(name) or "")
+    installed = distribution("orthorank-vllm")
+    # A build leaves its own beside the package, by another name.
+    told = installed.read_text("METADATA") or installed.read_text("PKG-INFO")
+    (metadata / "METADATA").write_text(told or "")
+    (metadata / "entry_points.txt").write_text(installed.read_text("entry_points.txt") or "")
 
 
 def examine_in(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -134,5 +138,19 @@ def test_a_vllm_out_of_range_fails_and_says_what_is_supported(tmp_path: Path) ->
     result = examine_in(tmp_path)
     assert result.returncode == 1
     assert re.search(
-        r"^FAILED +vLLM +0.99.0\+cpu, .* works with <0.33,>=0.32\. ", result.stdout, re.M
+        r"^FAILED +vLLM +0.99.0\+cpu, .* works with <0.33,>=0.26\. ", result.stdout, re.M
     )
+
+
+def test_without_its_own_metadata_the_plugin_cannot_be_found(tmp_path: Path) -> None:
+    """As from a clone that was not installed."""
+    environment_of(tmp_path, "prometheus_client", "packaging")
+    shutil.rmtree(tmp_path / "orthorank_vllm-0.1.0.dist-info")
+    metadata = tmp_path / "vllm-0.32.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
+    result = examine_in(tmp_path)
+    assert result.returncode == 1
+    assert result.stderr == ""
+    assert re.search(r"^warning +vLLM .*metadata is missing", result.stdout, re.MULTILINE)
+    assert re.search(r"^FAILED +plugin .*no entry point orthorank", result.stdout, re.MULTILINE)

@@ -30,6 +30,7 @@ def test_the_flags_stand_in_a_group_of_their_own() -> None:
         "--orthorank-layers",
         "--orthorank-profile",
         "--orthorank-calibrate-seconds",
+        "--orthorank-attention",
     }
 
 
@@ -67,6 +68,7 @@ def test_a_flag_wins_over_the_same_option_in_additional_config(parsed: Parse) ->
         (("--orthorank-ratio", "much"), "argument --orthorank-ratio: much: not allowed"),
         (("--orthorank-keep", "0"), "argument --orthorank-keep: 0: not allowed"),
         (("--orthorank-window", "-3"), "argument --orthorank-window: -3: not allowed"),
+        (("--orthorank-attention", "fast"), "fast: not allowed, give one of auto, gather, triton"),
         (("--orthorank-layers", "3,3"), "argument --orthorank-layers: 3,3: not allowed"),
     ],
 )

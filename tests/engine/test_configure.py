@@ -125,14 +125,18 @@ def test_an_environment_that_cannot_be_right_is_refused_by_name(
         check_supported(config)
 
 
+SP_OF_026 = SimpleNamespace(enable_sp=True)
 # Features that vLLM itself does not offer on this machine: set in a real
 # configuration after the fact.
 ELSEWHERE = {
-    "device": ("device_config", "device_type", "cuda"),
+    "device": ("device_config", "device_type", "xpu"),
     "--decode-context-parallel-size": ("parallel_config", "decode_context_parallel_size", 2),
     "--prefill-context-parallel-size": ("parallel_config", "prefill_context_parallel_size", 2),
     "--enable-eplb": ("parallel_config", "enable_eplb", True),
     "--enable-dbo": ("parallel_config", "enable_dbo", True),
+    "--enable-return-routed-experts": ("model_config", "enable_return_routed_experts", True),
+    "--calculate-kv-scales": ("cache_config", "calculate_kv_scales", True),
+    "--compilation-config pass_config.enable_sp": ("compilation_config", "pass_config", SP_OF_026),
     "--kv-cache-dtype": ("cache_config", "cache_dtype", "fp8"),
     "--enable-sleep-mode": ("model_config", "enable_sleep_mode", True),
     "multimodal input": ("model_config", "multimodal_config", SimpleNamespace()),
@@ -164,6 +168,22 @@ def test_experts_with_data_parallelism_are_refused_and_a_dense_model_is_not(
     with pytest.raises(OptionError, match="--data-parallel-size 2"):
         check_supported(experts)
     check_supported(vllm_config)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_an_nvidia_gpu_is_supported(vllm_config: VllmConfig, kv_cache_dtype: str) -> None:
+    """With K and V quantised too, which are not on CPU."""
+    object.__setattr__(vllm_config.device_config, "device_type", "cuda")
+    object.__setattr__(vllm_config.cache_config, "cache_dtype", kv_cache_dtype)
+    check_supported(vllm_config)
+
+
+def test_a_way_to_attend_that_is_not_for_this_device_is_refused(model_path: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        configured(model_path, {"ratio": 0.3, "attention": "triton"})
+    assert str(caught.value) == (
+        "--orthorank-attention triton: not allowed, on this device (cpu) give auto, cpu, gather"
+    )
 
 
 def test_a_stock_configuration_is_supported(vllm_config: VllmConfig) -> None:

@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 from transformers import AutoModelForCausalLM
+from vllm.forward_context import set_forward_context
 
+from orthorank_vllm.attention import choose_way
 from tests.conftest import Prompts
 from tests.reference import Reference, Rule
 from tests.replay import SAFE_MARGIN, TOLERANCE, Engine, Job, Run, Verdict, replay
@@ -264,6 +266,58 @@ def test_counts_are_those_of_the_reference(
     assert tokens == sum(len(job.prompt) for job in jobs)
     assert updates == sum(request.updates for request in requests)
     assert skipped == sum(request.skipped for request in requests)
+
+
+@pytest.fixture
+def gathering(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with --orthorank-attention gather."""
+    orthorank = engine.model.orthorank
+    layers = [layer.attn.attn for layer in orthorank._decoder.layers.values()]
+    monkeypatch.setattr(orthorank, "attention", choose_way("gather", layers, "cpu"))
+
+
+@pytest.mark.usefixtures("gathering")
+def test_vllms_own_attention_gathered_equals_the_reference(
+    engine: Engine, reference: Reference, prompts: Prompts
+) -> None:
+    """Chunks beside decoding, a cached prefix, and a first chunk without any selected row.
+
+    Break seen: the queries scattered to the first rows.
+    """
+    prefix = prompts.take(3 * BLOCK_SIZE)
+    jobs = [
+        Job(prompts.take(40), 9, 0, False),
+        Job(prefix + prompts.take(170), 4, 1),
+        Job(prefix + prompts.take(90), 3, 6, False),
+    ]
+    run = engine.run(jobs, budget=lambda step: (41, 2, 97)[min(step, 2)])
+    assert run.chunks(jobs[1])[0].num_tokens == 1
+    assert run.chunks(jobs[2])[0].num_computed == len(prefix)
+    check(run, reference)
+
+
+@pytest.mark.usefixtures("gathering")
+def test_a_rehearsal_runs_both_forwards_and_leaves_no_trace(
+    engine: Engine, reference: Reference, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU's server does when vLLM measures the memory of its first forward."""
+    orthorank = engine.model.orthorank
+    monkeypatch.setattr(orthorank, "_has_to_rehearse", True)
+    check(engine.run([Job(prompts.take(140))]), reference)
+    assert orthorank.has_to_rehearse  # a forward with requests is not the one
+    rows: list[int] = []
+    mlp_in = engine.model.model.layers[LAYERS[0]].mlp.gate_up_proj
+    hook = mlp_in.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    try:
+        with set_forward_context(None, engine.llm.llm_engine.vllm_config), torch.inference_mode():
+            for _ in range(2):
+                engine.model(torch.zeros(400, dtype=torch.int64), torch.arange(400))
+    finally:
+        hook.remove()
+    # 16 requests of 25 tokens, of which 9 win and the last is selected as well.
+    assert rows == [160, 400, 400]
+    assert len(orthorank._sinks) == 0
+    check(engine.run([Job(prompts.take(140), max_tokens=2)]), reference)
 
 
 # No shrinking: an example takes seconds, and the seed that failed is printed.

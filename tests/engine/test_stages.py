@@ -44,6 +44,8 @@ def stage(start, end):
     return made
 
 class Pipeline:
+    has_to_rehearse = False
+
     def __init__(self):
         self.stages = [stage(0, first_of_second), stage(first_of_second, len(whole.layers))]
         self.skipped = [0, 0]

@@ -1,0 +1,47 @@
+"""vLLM's own attention, of all tokens: right with every backend and every kind of KV cache.
+
+No backend takes a request's queries to be other than neighbours. So the rows that were not
+selected get a query of zeros, and what it attends to is dropped: attention itself is not spared,
+only what is computed per row around it.
+"""
+
+from typing import Any
+
+import torch
+
+
+class GatherAttention:
+    """Of some rows, by attention of all."""
+
+    def __call__(
+        self,
+        attn: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rows: torch.Tensor | None,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `QueryAttention`."""
+        assert rows is not None
+        everyone = query.new_zeros(len(key), query.shape[1])
+        everyone.index_copy_(0, rows, query)
+        output: torch.Tensor = attn(everyone, key, value)
+        return output[rows]
+
+
+class StockAttention:
+    """Of every row."""
+
+    def __call__(
+        self,
+        attn: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rows: torch.Tensor | None,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `QueryAttention`."""
+        output: torch.Tensor = attn(query, key, value)
+        return output

@@ -1,0 +1,235 @@
+"""Plans from Model Runner V2's arrays, in the shapes of vLLM 0.26 and 0.32.
+
+Its steps cannot run without a GPU; its classes can be made, and are those of the vLLM installed.
+"""
+
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+
+from orthorank_vllm.engine.batches_v2 import RequestFacts, batch_of
+from orthorank_vllm.engine.counting import Seconds
+from orthorank_vllm.plan import Batch, make_plan
+
+SLOTS = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request in a step.
+
+    Attributes:
+        slot: vLLM's place for it.
+        prefill: its tokens when it was added: more than its prompt after a preemption.
+    """
+
+    slot: int
+    computed: int
+    scheduled: int
+    prompt: int
+    prefill: int = 0
+    wants_prompt: bool = False
+
+
+@dataclass
+class Step:
+    """A step as V2 sees it."""
+
+    rows: list[Row]
+    facts: RequestFacts = field(default_factory=lambda: RequestFacts(SLOTS))
+    lengths: Any = field(default_factory=lambda: np.zeros(SLOTS, dtype=np.int32))
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            self.lengths[row.slot] = row.prompt
+            params = SimpleNamespace(prompt_logprobs=1 if row.wants_prompt else None)
+            request = SimpleNamespace(
+                prompt_token_ids=[100 + row.slot] * row.prompt, sampling_params=params
+            )
+            self.facts.add(row.slot, request)
+
+    @property
+    def states(self) -> Any:
+        return SimpleNamespace(prompt_len=SimpleNamespace(np=self.lengths))
+
+    def inputs(self, form: str) -> Any:
+        """What both versions' `InputBatch` hold, and nothing else, or 0.32's own class."""
+        computed = np.array([row.computed for row in self.rows], dtype=np.int32)
+        prefill = np.array([row.prefill or row.prompt for row in self.rows], dtype=np.int32)
+        values = {
+            "idx_mapping_np": np.array([row.slot for row in self.rows], dtype=np.int32),
+            "num_scheduled_tokens": np.array([row.scheduled for row in self.rows], dtype=np.int32),
+            "num_computed_tokens_np": computed,
+            "prefill_len_np": prefill,
+            "num_computed_prefill_tokens_np": np.minimum(computed, prefill),
+            "is_prefilling_np": np.minimum(computed, prefill) < prefill,
+        }
+        if form == "0.26":
+            return SimpleNamespace(**values)
+        return replace(dummy(len(self.rows)), **values)
+
+
+def dummy(requests: int) -> InputBatch:
+    return InputBatch.make_dummy(
+        requests, 4 * requests, InputBuffers(SLOTS, 64, torch.device("cpu"))
+    )
+
+
+STEPS = {
+    "a prompt": ([Row(5, 0, 300, 300)], [300]),
+    "decoding beside a chunk and a prompt's end": (
+        [Row(2, 90, 1, 40), Row(0, 128, 200, 900), Row(7, 250, 51, 301)],
+        [0, 200, 51],
+    ),
+    "a prefix found in the cache": ([Row(1, 160, 90, 250)], [90]),
+    # Of what was generated before the preemption nothing competes.
+    "resumed after a preemption": ([Row(3, 0, 210, 190, prefill=230)], [190]),
+    "resumed, in a chunk beyond the prompt": (
+        [Row(3, 210, 20, 190, prefill=230), Row(4, 0, 150, 150)],
+        [0, 150],
+    ),
+    # Counted before what was guessed is accepted: too many, all of them past the prompt.
+    "rows that verify speculation": ([Row(6, 77, 4, 60), Row(1, 0, 140, 140)], [0, 140]),
+}
+
+
+@pytest.mark.parametrize("form", ["0.26", "0.32"])
+@pytest.mark.parametrize("name", STEPS)
+def test_the_prompt_tokens_of_a_step_are_those_that_it_computes(name: str, form: str) -> None:
+    """Break seen: the length at which a request was added for that of its prompt."""
+    rows, prompt_tokens = STEPS[name]
+    step = Step(rows)
+    batch = batch_of(step.inputs(form), step.states, step.facts)
+    assert batch is not None
+    assert batch.prompt_tokens.tolist() == prompt_tokens
+    assert batch.query_len.tolist() == [row.scheduled for row in rows]
+    assert batch.first_token.tolist() == [100 + row.slot for row in rows]
+    assert {array.dtype for array in (batch.num_computed, batch.prompt_len)} == {np.dtype(np.int64)}
+    assert make_plan(batch, 1 / 3, 128) is not None
+
+
+@pytest.mark.parametrize("form", ["0.26", "0.32"])
+def test_steps_without_prompt_tokens_have_no_batch(form: str) -> None:
+    decoding = Step([Row(2, 90, 1, 40), Row(3, 57, 4, 57)])
+    assert batch_of(decoding.inputs(form), decoding.states, decoding.facts) is None
+    resumed = Step([Row(2, 60, 10, 40, prefill=70)])
+    assert batch_of(resumed.inputs(form), resumed.states, resumed.facts) is None
+
+
+def test_dummy_batches_have_no_batch_whatever_the_slots_held_before() -> None:
+    """Break seen: stale prompt lengths taken for those of the dummy's requests."""
+    stale = Step([Row(slot, 0, 9, 500) for slot in range(4)])
+    assert batch_of(dummy(4), stale.states, stale.facts) is None
+
+
+def test_all_rows_are_read_if_one_request_wants_its_prompts_log_probabilities() -> None:
+    rows = [Row(1, 90, 1, 40), Row(2, 0, 150, 150)]
+    for wants in (False, True):
+        step = Step([replace(row, wants_prompt=wants) for row in rows[:1]] + rows[1:])
+        batch = batch_of(step.inputs("0.32"), step.states, step.facts)
+        assert batch is not None
+        assert batch.is_read_whole == wants
+
+
+class Recorder:
+    """`OrthoRank` as the model's state calls it."""
+
+    def __init__(self) -> None:
+        self.needs_model_state = True
+        self.counted: list[tuple[Batch, Any]] = []
+
+    def plan(self, batch: Batch) -> Any:
+        return make_plan(batch, 1 / 3, 128)
+
+    def count(self, batch: Batch, plan: Any, seconds: Seconds) -> None:
+        assert min(seconds.plan, seconds.forward) > 0
+        self.counted.append((batch, plan))
+
+
+@pytest.fixture
+def state(model_path: str) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from orthorank_vllm.engine.runner_v2 import OrthoRankModelState
+
+    vllm_config = EngineArgs(model=model_path, dtype="float32").create_engine_config()
+    model: Any = SimpleNamespace(orthorank=Recorder())
+    return OrthoRankModelState(vllm_config, model, None, torch.device("cpu"))
+
+
+def stage(state: Any, step: Step, replayed: bool, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What vLLM's runner calls before the forward; returns the extra model inputs."""
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    # Attention's metadata need a GPU's backend.
+    monkeypatch.setattr(DefaultModelState, "prepare_attn", lambda *_, **__: {})
+    state._facts = step.facts
+    inputs = step.inputs("0.32")
+    mode = CUDAGraphMode.FULL if replayed else CUDAGraphMode.PIECEWISE
+    assert state.prepare_attn(inputs, mode, (), None, [], None) == {}
+    return state.prepare_inputs(inputs, step.states)
+
+
+@pytest.mark.model
+def test_the_state_hands_the_plan_to_the_model_and_counts_after_it_ran(
+    state: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert state._orthorank.needs_model_state is False
+    step = Step(STEPS["decoding beside a chunk and a prompt's end"][0])
+    plan = stage(state, step, False, monkeypatch)["orthorank_plan"]
+    assert plan.num_tokens == 252
+    assert state._orthorank.counted == []
+    state.postprocess_state(None, None, None)
+    state.postprocess_state(None, 0)
+    assert state._orthorank.counted == [(plan.batch, plan)]
+
+
+@pytest.mark.model
+def test_a_step_replayed_from_a_full_graph_is_dense_and_counted_so(
+    state: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Break seen: a plan for it, which no forward would ever take."""
+    step = Step([Row(1, 0, 4, 4)])
+    assert stage(state, step, True, monkeypatch) == {}
+    state.postprocess_state(None, None, None)
+    ((batch, plan),) = state._orthorank.counted
+    assert batch.prompt_tokens.tolist() == [4]
+    assert plan is None
+    assert "orthorank_plan" in stage(state, step, False, monkeypatch)
+
+
+@pytest.mark.model
+def test_a_decoding_step_is_stock_and_not_counted(
+    state: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert stage(state, Step([Row(1, 50, 1, 40)]), False, monkeypatch) == {}
+    state.postprocess_state(None, None, None)
+    assert state._orthorank.counted == []
+
+
+@pytest.mark.model
+def test_a_request_is_known_from_the_moment_that_it_is_added(state: Any) -> None:
+    from vllm import SamplingParams
+    from vllm.v1.core.sched.output import NewRequestData
+
+    params = SamplingParams(prompt_logprobs=2)
+    request = NewRequestData(
+        req_id="a",
+        prompt_token_ids=[41, 42],
+        mm_features=[],
+        sampling_params=params,
+        pooling_params=None,
+        block_ids=([1],),
+        num_computed_tokens=0,
+        lora_request=None,
+        prefill_token_ids=[41, 42],
+    )
+    state.add_request(5, request)
+    assert state._facts.first_token[5] == 41
+    assert state._facts.wants_prompt[5]
