@@ -34,7 +34,13 @@ FETCHED = .models/SmolLM2-135M-Instruct
 CPU_ENV = VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=$(THREADS) \
 	VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 HF_HUB_OFFLINE=1
 
-.PHONY: help venv model browser serve test lint bench clean distclean
+# What deployment is checked with: PyPI's tools in an environment of their own, and Debian's packages.
+DEPLOY_VENV  = .venv-deploy
+DEPLOY_STAMP = $(DEPLOY_VENV)/.installed
+DEPLOY_CHECKS = prometheus prometheus-alertmanager
+DEPLOY_RUNS   = $(DEPLOY_CHECKS) buildah podman runc catatonit mmdebstrap nginx-light
+
+.PHONY: help venv model browser serve test lint bench deploy-lint deploy-test deploy-clean clean distclean
 
 help:
 	@echo "make venv       the virtual environment $(VENV) (PYTHON=$(PYTHON), 3.4 GB)"
@@ -44,8 +50,11 @@ help:
 	@echo "make test       the tests (TESTS=$(TESTS) ARGS= JOBS=$(JOBS))"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the speed against stock vLLM (MODEL= RATIO=$(RATIO) ARGS=)"
+	@echo "make deploy-lint   the chart, images, dashboard and alerts, as far as files tell; Prometheus's package, as root"
+	@echo "make deploy-test   that, and all of it run for real: containers, alerts, replicas; as root (10 GB)"
+	@echo "make deploy-clean  removes the images that deploy-test keeps for its next run"
 	@echo "make clean      removes caches and build output"
-	@echo "make distclean  removes $(VENV) and $(FETCHED) as well"
+	@echo "make distclean  removes $(VENV), $(DEPLOY_VENV) and $(FETCHED) as well"
 
 venv: $(STAMP)
 	@echo "venv: $(VENV) is ready"
@@ -98,12 +107,45 @@ bench: $(STAMP) model
 	@echo "bench: the speed of $(MODEL) at ratio $(RATIO), $(THREADS) threads"
 	@exec env $(CPU_ENV) $(BIN)/orthorank bench $(MODEL) --ratios $(RATIO) $(ARGS)
 
+$(DEPLOY_STAMP): requirements/deploy.lock
+	@echo "deploy: installing into $(DEPLOY_VENV) (500 MB)"
+	@if [ -e $(DEPLOY_VENV)/pyvenv.cfg ]; then rm -rf $(DEPLOY_VENV); fi
+	@$(PYTHON) -m venv $(DEPLOY_VENV)
+	@$(DEPLOY_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r requirements/deploy.lock
+	@touch $@
+
+# Debian's packages start no services where no init system runs; where one does, Prometheus's service is the user's to stop.
+define debian_packages
+	@missing=$$(dpkg-query -Wf '$${Package} $${db:Status-Status}\n' $(1) 2>/dev/null | awk '$$2 == "installed" {print $$1}' \
+		| grep -vxFf - <(printf '%s\n' $(1)) || true); \
+	if [ -n "$$missing" ]; then echo "deploy: installing $$missing"; apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qqy --no-install-recommends $$missing >/dev/null; fi
+endef
+
+deploy-lint: SHELL = bash
+deploy-lint: $(DEPLOY_STAMP)
+	$(call debian_packages,$(DEPLOY_CHECKS))
+	@echo "deploy-lint: pytest tests/deploy, without what runs containers"
+	@exec $(DEPLOY_VENV)/bin/python -m pytest tests/deploy --ignore tests/deploy/live $(ARGS)
+
+deploy-test: SHELL = bash
+deploy-test: $(STAMP) model $(DEPLOY_STAMP)
+	$(call debian_packages,$(DEPLOY_RUNS))
+	@echo "deploy-test: pytest tests/deploy"
+	@exec env ORTHORANK_TEST_VENV=$(abspath $(VENV)) ORTHORANK_TEST_MODEL=$(abspath $(MODEL)) \
+		$(DEPLOY_VENV)/bin/python -m pytest tests/deploy -v $(ARGS)
+
+deploy-clean:
+	@echo "deploy-clean: removing the tests' images"
+	@STORAGE_DRIVER=overlay podman rmi --force localhost/orthorank-vllm:test localhost/vllm-cpu:test localhost/debian:bookworm
+
 clean:
 	@echo "clean: removing caches and build output"
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info tools/*/build tools/*/*.egg-info
 	@find orthorank_vllm tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	@echo "distclean: removing $(VENV) and $(FETCHED)"
+	@echo "distclean: removing $(VENV), $(DEPLOY_VENV) and $(FETCHED)"
 	@if [ -e $(VENV)/pyvenv.cfg ] || [ -e $(PARTIAL) ]; then rm -rf $(VENV); fi
+	@if [ -e $(DEPLOY_VENV)/pyvenv.cfg ]; then rm -rf $(DEPLOY_VENV); fi
 	@rm -rf $(FETCHED)
