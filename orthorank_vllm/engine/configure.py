@@ -1,5 +1,6 @@
 """From the options to an engine configuration that every worker can follow."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -7,9 +8,11 @@ from orthorank_vllm.attention import check_way
 from orthorank_vllm.config import resolve
 from orthorank_vllm.engine.architectures import hf_overrides_for
 from orthorank_vllm.engine.refusals import check_supported
-from orthorank_vllm.metrics.folder import prepare_server
+from orthorank_vllm.metrics.folder import FOLDER_VARIABLE, prepare_server
 from orthorank_vllm.options import Options
 from orthorank_vllm.profiles import model_identity
+
+RAY_VARIABLES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
 
 def configure(
@@ -44,4 +47,12 @@ def configure(
         "orthorank": config.as_dict(),
     }
     prepare_server()
+    _hand_on_to_ray(FOLDER_VARIABLE)
     return vllm_config
+
+
+def _hand_on_to_ray(variable: str) -> None:
+    # Its workers inherit no environment; vLLM gives them its own variables, and those named here
+    # (vllm/ray/ray_env.py).
+    named = os.environ.get(RAY_VARIABLES, "").split(",")
+    os.environ[RAY_VARIABLES] = ",".join(dict.fromkeys(filter(None, [*named, variable])))

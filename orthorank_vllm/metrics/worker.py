@@ -1,5 +1,7 @@
 """What one worker tells of itself and counts."""
 
+import logging
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,6 +10,9 @@ from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.metrics import names
 from orthorank_vllm.metrics.folder import FOLDER_VARIABLE, metrics_folder
 from orthorank_vllm.metrics.values import Counter, Files, Histogram, write_gauge
+
+# vLLM shows the log lines of its own namespace only.
+logger = logging.getLogger("vllm.orthorank")
 
 
 class WorkerMetrics:
@@ -28,6 +33,13 @@ class WorkerMetrics:
                 f"OrthoRank's worker has no folder for its metrics: {FOLDER_VARIABLE} was not "
                 "handed on by the process that configured the engine"
             )
+        if not os.path.isdir(folder):
+            logger.warning(
+                "OrthoRank's metrics stay here, in %s: the server runs on another machine, and "
+                "its /metrics will lack them.",
+                folder,
+            )
+            os.makedirs(folder)
         self._labels = labels
         self._files = files = Files(folder)
 

@@ -55,6 +55,18 @@ def test_the_same_arguments_can_be_configured_twice(model_path: str) -> None:
     assert first.additional_config == second.additional_config
 
 
+def test_rays_workers_are_told_where_the_metrics_go(
+    model_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By vLLM's own list of what it copies into their environment."""
+    from vllm.ray.ray_env import get_env_vars_to_copy
+
+    monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "ANOTHER")
+    configured(model_path, {"ratio": 0.3})
+    configured(model_path, {"ratio": 0.3})
+    assert {"ORTHORANK_METRICS_DIR", "ANOTHER"} <= get_env_vars_to_copy()
+
+
 def test_overrides_that_a_user_gave_are_kept(model_path: str) -> None:
     """Break seen: `--hf-overrides` replaced by ours."""
     config = configured(model_path, {"ratio": 0.3}, hf_overrides={"rope_theta": 5e4})

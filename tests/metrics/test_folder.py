@@ -1,6 +1,7 @@
 """The way of the counts from a worker process to the server's registry."""
 
 import itertools
+import logging
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -137,3 +138,14 @@ def count_as_vllm_does() -> None:
 def test_nothing_is_told_where_orthorank_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(folder.FOLDER_VARIABLE, raising=False)
     assert folder.orthorank_metrics() == []
+
+
+def test_a_worker_on_another_machine_counts_there_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(folder.FOLDER_VARIABLE, os.fspath(tmp_path / "not here"))
+    # vLLM's logger hands nothing on.
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    work()
+    assert "/metrics will lack them" in caplog.text
+    assert list((tmp_path / "not here").iterdir())
