@@ -108,7 +108,7 @@ bench: $(STAMP) model
 	@exec env $(CPU_ENV) $(BIN)/orthorank bench $(MODEL) --ratios $(RATIO) $(ARGS)
 
 $(DEPLOY_STAMP): requirements/deploy.lock
-	@echo "deploy: installing into $(DEPLOY_VENV) (500 MB)"
+	@echo "deploy: installing into $(DEPLOY_VENV) (750 MB)"
 	@if [ -e $(DEPLOY_VENV)/pyvenv.cfg ]; then rm -rf $(DEPLOY_VENV); fi
 	@$(PYTHON) -m venv $(DEPLOY_VENV)
 	@$(DEPLOY_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r requirements/deploy.lock

@@ -19,8 +19,8 @@ if ! podman image exists "$debian"; then
     echo "base: making $debian"
     tar=$(mktemp --suffix=.tar)
     trap 'rm -f "$tar"' EXIT
-    # g++: vLLM compiles the model with it in its default configuration. libnuma1: its CPU kernels link to it.
-    mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates,curl,g++,libnuma1 bookworm "$tar"
+    # g++ and python3-dev: vLLM compiles the model with them in its default configuration. libnuma1: its CPU kernels link to it.
+    mmdebstrap --quiet --variant=minbase --include=python3-dev,python3-venv,ca-certificates,curl,g++,libnuma1 bookworm "$tar"
     podman import --quiet "$tar" "$debian" >/dev/null
 fi
 echo "base: making $image"

@@ -17,6 +17,7 @@ STOP_SECONDS = 60
 
 @pytest.fixture(scope="module")
 def server(image: str, model: Path) -> Iterator[Server]:
+    """In vLLM's default configuration, which compiles the model and keeps what it made."""
     with running(image, model, key=KEY) as started:
         yield started
 
@@ -64,6 +65,11 @@ def test_only_its_caches_are_writable(server: Server) -> None:
     writable = "for d in / /home/vllm /opt/venv /models/six /home/vllm/.cache /tmp; do "
     writable += "touch $d/x 2>/dev/null && { rm $d/x; echo $d; }; done; true"
     assert inside(server, "sh", "-c", writable).split() == ["/home/vllm/.cache", "/tmp"]
+
+
+def test_compiled_graphs_are_kept_with_its_caches(server: Server) -> None:
+    kept = inside(server, "sh", "-c", "ls /home/vllm/.cache/vllm/torch_compile_cache")
+    assert kept
 
 
 def test_its_health_check_succeeds(server: Server) -> None:

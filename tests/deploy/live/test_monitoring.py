@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.live.containers import SPARSE, Server, completion, free_port, running
+from tests.deploy.live.containers import EAGER, SPARSE, Server, completion, free_port, running
 from tests.deploy.test_dashboard import expressions
 from tests.deploy.tools import ALERTS, DOCKER
 
@@ -74,14 +74,14 @@ def wait_for(what: str, found: Callable[[], Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def sparse(image: str, model: Path) -> Iterator[Server]:
-    with running(image, model, SPARSE) as started:
+    with running(image, model, SPARSE + EAGER) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
 def stock(image: str, model: Path) -> Iterator[Server]:
     """A server whose flags were lost."""
-    with running(image, model, ()) as started:
+    with running(image, model, EAGER) as started:
         yield started
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.live.containers import (
+    EAGER,
+    SPARSE,
     Server,
     completion,
     free_port,
@@ -27,7 +29,8 @@ TOKENS = 24
 
 @pytest.fixture(scope="module")
 def replicas(image: str, model: Path) -> Iterator[list[Server]]:
-    with running(image, model) as first, running(image, model) as second:
+    options = SPARSE + EAGER
+    with running(image, model, options) as first, running(image, model, options) as second:
         yield [first, second]
 
 
