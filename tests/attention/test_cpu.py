@@ -120,6 +120,7 @@ def check(
         num_kv_heads=KV_HEADS,
         head_size=HEAD_SIZE,
         isa="vec",
+        kv_cache_dtype="auto",
         impl=SimpleNamespace(
             scale=SCALE,
             sliding_window=sliding_window,
