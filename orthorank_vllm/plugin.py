@@ -81,6 +81,13 @@ def require_seams(seams: tuple[str, ...]) -> None:
         )
 
 
+def worker_seams() -> tuple[str, ...]:
+    """Those of a worker on this machine."""
+    from vllm.platforms import current_platform
+
+    return (*WORKER_SEAMS, *GPU_SEAMS) if current_platform.is_cuda() else WORKER_SEAMS
+
+
 def missing_seams(seams: Sequence[str]) -> Iterator[tuple[str, Exception]]:
     """Those that this vLLM lacks, and what looking for them raised."""
     for seam in seams:
@@ -192,11 +199,7 @@ def __getattr__(name: str) -> Any:
     """
     if name not in ORTHORANK_OF.values():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from vllm.platforms import current_platform
-
-    require_seams(WORKER_SEAMS)
-    if current_platform.is_cuda():
-        require_seams(GPU_SEAMS)
+    require_seams(worker_seams())
     _hook_model_runner()
     from orthorank_vllm.engine.models import orthorank_class
 

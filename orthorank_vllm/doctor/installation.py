@@ -148,9 +148,9 @@ def _endpoint() -> Check:
 
 
 def _hooks() -> Check:
-    from orthorank_vllm.plugin import SEAMS, WORKER_SEAMS, missing_seams
+    from orthorank_vllm.plugin import SEAMS, missing_seams, worker_seams
 
-    seams = (*SEAMS, *WORKER_SEAMS)
+    seams = (*SEAMS, *worker_seams())
     missing = [seam for seam, _ in missing_seams(seams)]
     if missing:
         return failed(
