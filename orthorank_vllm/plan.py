@@ -36,7 +36,7 @@ class Batch:
     @cached_property
     def prompt_tokens(self) -> Ints:
         """How many of each request's computed tokens belong to its prompt (rule 5)."""
-        return np.clip(self.prompt_len - self.num_computed, 0, self.query_len)
+        return np.minimum(np.maximum(self.prompt_len - self.num_computed, 0), self.query_len)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,9 @@ def make_plan(batch: Batch, keep: float, window: int) -> Plan | None:
     if not competes.any():
         return None
     is_last = position == batch.prompt_len[request] - 1
-    always = np.union1d(rows[~is_prompt], prompt_rows[~competes | is_last])
+    is_always = ~is_prompt
+    is_always[prompt_rows[~competes | is_last]] = True
+    always = np.flatnonzero(is_always)
 
     contested = wins < size
     wins, size = wins[contested], size[contested]
@@ -139,7 +141,10 @@ def make_plan(batch: Batch, keep: float, window: int) -> Plan | None:
     is_read = ~is_prompt
     is_read[np.cumsum(batch.query_len) - 1] = True
 
-    requests, request_of_candidate = np.unique(request[competes], return_inverse=True)
+    request = request[competes]
+    is_first = np.ones(len(request), dtype=bool)
+    is_first[1:] = np.diff(request) != 0
+    requests = request[is_first]
     winners_per_request = np.bincount(
         request_of_row[candidates[part_start]], weights=wins, minlength=len(batch.query_len)
     ).astype(np.int64)
@@ -147,7 +152,7 @@ def make_plan(batch: Batch, keep: float, window: int) -> Plan | None:
     return Plan(
         candidates=candidates,
         part=part,
-        request=request_of_candidate,
+        request=np.cumsum(is_first) - 1,
         at_position_0=np.flatnonzero(position[competes] == 0),
         winners=winners,
         always=always,

@@ -5,12 +5,14 @@ import pytest
 import torch
 
 from orthorank_vllm.plan import Batch, Plan, make_plan
-from orthorank_vllm.selection import Competition, score, select
+from orthorank_vllm.selection import Competition, score, select_by_numpy, select_by_torch
 
 
 def select_rows(plan: Plan, scores: list[float]) -> list[int]:
     competition = Competition.of(plan, torch.device("cpu"))
-    rows = select(torch.tensor(scores)[competition.candidates], competition)
+    competing = torch.tensor(scores)[competition.candidates]
+    rows, same = select_by_numpy(competing, competition), select_by_torch(competing, competition)
+    assert rows.tolist() == same.tolist()
     assert len(rows) == plan.num_selected
     return rows.tolist()
 

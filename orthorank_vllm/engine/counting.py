@@ -5,8 +5,7 @@ forward ends and counted when it has come: at once on CPU, else with a later ste
 """
 
 from collections import deque
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,8 +36,7 @@ class OnItsWay:
         return self._on_host.tolist()
 
 
-@dataclass(frozen=True)
-class Seconds:
+class Seconds(NamedTuple):
     """What a step took on the host.
 
     Attributes:
@@ -78,7 +76,7 @@ class StepCounter:
 
     def count(
         self,
-        batch: Batch,
+        batch: Batch | None,
         plan: Plan | None,
         outcome: Outcome | None,
         selective: tuple[int, ...],
@@ -87,6 +85,7 @@ class StepCounter:
         """One step, after its forward.
 
         Args:
+            batch: None in a step without prompt tokens.
             plan, outcome: None in a stock step.
             selective: this stage's selective layers, in the order of `outcome.skipped`.
         """
@@ -94,9 +93,9 @@ class StepCounter:
         path = names.STOCK if outcome is None else names.SPARSE
         if self._is_first_stage:
             self.metrics.count_step(path, seconds.forward)
-        prompt_tokens = int(batch.prompt_tokens.sum())
-        if not prompt_tokens:
+        if batch is None:
             return
+        prompt_tokens = int(batch.prompt_tokens.sum())
         if self._is_first_stage:
             self.metrics.count_prefill_step(path, prompt_tokens, seconds.forward, seconds.plan)
         if plan is None or outcome is None:

@@ -265,7 +265,8 @@ def _selective_layer(
         [tokens, hidden] the residual stream, its selected rows updated.
     """
     normed, stream = add_and_norm(layer.input_norm, stream, delta)
-    sink_rows.index_copy_(0, step.fresh_slots, stream[step.fresh_rows])
+    if len(step.fresh_rows):
+        sink_rows.index_copy_(0, step.fresh_slots, stream.index_select(0, step.fresh_rows))
     rows = of_first_rank(step.competition.rows(stream, sink_rows, step.sink_slots))
     step.selected.append(rows)
     return _update(layer, step.attention, rows, split, positions, stream, normed)
@@ -316,8 +317,8 @@ def _update(
     if not len(rows):
         write_kv(attn.attn, key, value)
         return stream
-    positions = positions[rows]
+    positions = positions.index_select(0, rows)
     query = layer.queries(positions, query_of(rows))
     delta = layer.after_attention(attention(attn.attn, query, key, value, rows, positions))
-    normed, updated = add_and_norm(layer.post_norm, stream[rows], delta)
+    normed, updated = add_and_norm(layer.post_norm, stream.index_select(0, rows), delta)
     return stream.index_copy_(0, rows, updated.add_(layer.after_feed_forward(normed)))

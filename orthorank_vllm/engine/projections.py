@@ -107,10 +107,10 @@ def project(
     """
     if split is not None:
         key, value = split.key_value(normed).split([attn.kv_size, attn.kv_size], dim=-1)
-        return key, value, lambda rows: split.query(normed[rows])
+        return key, value, lambda rows: split.query(normed.index_select(0, rows))
     fused, _ = attn.qkv_proj(normed)
     query, key, value = fused.split([attn.q_size, attn.kv_size, attn.kv_size], dim=-1)
-    return key, value, lambda rows: query[rows]
+    return key, value, lambda rows: query.index_select(0, rows)
 
 
 def _packed(fused: FusedWeight, rows: slice) -> Linear:

@@ -19,14 +19,22 @@ from orthorank_vllm.plan import Batch
 _MARK = "_orthorank_hook"
 
 
-def batch_of(runner: Any) -> Batch:
-    """This step's requests, from the runner's host-side arrays (no device access)."""
+def batch_of(runner: Any) -> Batch | None:
+    """This step's requests, None where none of them has prompt tokens left.
+
+    From the runner's host-side arrays (no device access).
+    """
     inputs = runner.input_batch
     num_reqs = inputs.num_reqs
+    num_computed = inputs.num_computed_tokens_cpu[:num_reqs]
+    prompt_len = inputs.num_prompt_tokens[:num_reqs]
+    # All that a step of decoding pays for this plugin, beside its count.
+    if not np.count_nonzero(num_computed < prompt_len):
+        return None
     return Batch(
-        num_computed=inputs.num_computed_tokens_cpu[:num_reqs].astype(np.int64),
+        num_computed=num_computed.astype(np.int64),
         query_len=np.diff(runner.query_start_loc.np[: num_reqs + 1]).astype(np.int64),
-        prompt_len=inputs.num_prompt_tokens[:num_reqs].astype(np.int64),
+        prompt_len=prompt_len.astype(np.int64),
         first_token=inputs.token_ids_cpu[:num_reqs, 0].astype(np.int64),
         is_read_whole=bool(runner.num_prompt_logprobs),
     )
@@ -45,7 +53,7 @@ def with_plan(model_forward: Callable[..., Any]) -> Callable[..., Any]:
         # A step that is replayed from a full CUDA graph does not run the model: steps as long as
         # decoding's, prompts of one token among them. Those are dense.
         is_replayed = get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.FULL
-        plan = None if is_replayed else orthorank.plan(batch)
+        plan = None if batch is None or is_replayed else orthorank.plan(batch)
         planned = time.perf_counter()
         if plan is not None:
             model_kwargs["orthorank_plan"] = plan

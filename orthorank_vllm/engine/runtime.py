@@ -202,8 +202,12 @@ class OrthoRank:
             self._outcome = None
             self._sinks.clear()
 
-    def count(self, batch: Batch, plan: Plan | None, seconds: Seconds) -> None:
-        """Count one step and this stage's part of its token updates, after its forward."""
+    def count(self, batch: Batch | None, plan: Plan | None, seconds: Seconds) -> None:
+        """Count one step and this stage's part of its token updates, after its forward.
+
+        Args:
+            batch: None in a step without prompt tokens.
+        """
         outcome, self._outcome = self._outcome, None
         if (plan is None) != (outcome is None):
             raise RuntimeError("OrthoRank made a plan and the model ran without it")

@@ -70,7 +70,7 @@ def test_a_sparse_step_is_counted_layer_by_layer(registry: CollectorRegistry) ->
 
 
 def test_a_decode_step_is_a_stock_step_without_prefill(registry: CollectorRegistry) -> None:
-    counter().count(batch([256], [1], [256]), None, None, (1, 3), SECONDS)
+    counter().count(None, None, None, (1, 3), SECONDS)
     assert value(registry, "step_duration_seconds_count", path="stock") == 1
     assert value(registry, "step_prefill_seconds_total", path="stock") == 0
     assert value(registry, "plan_duration_seconds_count") == 0
@@ -106,7 +106,7 @@ def test_numbers_still_on_the_device_are_counted_with_a_later_step(
     assert value(registry, "prefill_tokens_total") == 512
     assert value(registry, "token_updates_skipped_total") == 0
     arrived = True
-    steps.count(batch([256], [1], [256]), None, None, (1, 3), SECONDS)
+    steps.count(None, None, None, (1, 3), SECONDS)
     assert value(registry, "token_updates_skipped_total") == 2 * (170 + 169)
 
 
