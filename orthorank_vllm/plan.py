@@ -112,8 +112,7 @@ def make_plan(batch: Batch, keep: float, window: int) -> Plan | None:
     request = request_of_row[prompt_rows]
     position = position[prompt_rows]
     window_index = position // window if window else np.zeros_like(position)
-    is_start = np.ones(len(prompt_rows), dtype=bool)
-    is_start[1:] = (np.diff(request) != 0) | (np.diff(window_index) != 0)
+    is_start = _starts(request) | _starts(window_index)
     start = np.flatnonzero(is_start)
     part = np.cumsum(is_start) - 1
 
@@ -141,10 +140,9 @@ def make_plan(batch: Batch, keep: float, window: int) -> Plan | None:
     is_read = ~is_prompt
     is_read[np.cumsum(batch.query_len) - 1] = True
 
-    request = request[competes]
-    is_first = np.ones(len(request), dtype=bool)
-    is_first[1:] = np.diff(request) != 0
-    requests = request[is_first]
+    request_of_candidate = request[competes]
+    is_first = _starts(request_of_candidate)
+    requests = request_of_candidate[is_first]
     winners_per_request = np.bincount(
         request_of_row[candidates[part_start]], weights=wins, minlength=len(batch.query_len)
     ).astype(np.int64)
@@ -166,6 +164,13 @@ def make_plan(batch: Batch, keep: float, window: int) -> Plan | None:
         window=window,
         batch=batch,
     )
+
+
+def _starts(values: Ints) -> npt.NDArray[np.bool_]:
+    """Where a run of equal values begins."""
+    found = np.ones(len(values), dtype=bool)
+    found[1:] = np.diff(values) != 0
+    return found
 
 
 def rehearsal_batch(num_tokens: int, most_requests: int) -> Batch:

@@ -19,22 +19,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from orthorank_vllm.bench.servers import ENVIRONMENT
+
 RATIO = 0.3
 BATCHES = (1, 8, 64)
 DECODED = 64
 DECODE_PROMPT = 32
 WARM_UPS = 2
-
-# In vLLM's worker as it is here: no child process, two threads on two cores.
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": str(os.cpu_count() or 1),
-}
+# The engine in this process, where the clocks are.
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 @dataclass
@@ -151,7 +144,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20, help="of forwards, at each length")
     arguments = parser.parse_args()
     lengths = [int(length) for length in arguments.lengths.split(",")]
-    for name, value in ENVIRONMENT.items():
+    for name, value in {**ENVIRONMENT, **ONE_PROCESS}.items():
         os.environ.setdefault(name, value)
     from vllm import LLM
 

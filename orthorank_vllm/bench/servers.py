@@ -20,6 +20,14 @@ START_SECONDS = 1800
 STOP_SECONDS = 15
 REQUEST_SECONDS = 600
 LOG_TAIL_LINES = 20
+# What vLLM needs on a CPU and offline, unless the user chose otherwise.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 class ServerError(RuntimeError):
@@ -129,15 +137,8 @@ def _ask(
 
 
 def _environment() -> dict[str, str]:
-    """What vLLM needs on a CPU and offline, unless the user chose otherwise."""
-    environment = os.environ.copy()
-    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-    environment.setdefault("VLLM_NO_USAGE_STATS", "1")
-    environment.setdefault("HF_HUB_OFFLINE", "1")
-    environment["VLLM_LOGGING_LEVEL"] = "INFO"  # `orthorank` is quiet, its servers' logs are not
-    return environment
+    # `orthorank` is quiet, its servers' logs are not.
+    return {**ENVIRONMENT, **os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
 
 
 def _free_port() -> int:
