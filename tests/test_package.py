@@ -3,7 +3,9 @@
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from collections.abc import Iterator
 from email.parser import Parser
 from pathlib import Path
 
@@ -20,6 +22,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
     subprocess.run([*command, "-w", folder, ROOT], check=True)
     return zipfile.ZipFile(next(folder.glob("*.whl")))
+
+
+@pytest.fixture(scope="module")
+def source_distribution(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tarfile.TarFile]:
+    folder = tmp_path_factory.mktemp("sdist")
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, folder], cwd=ROOT, check=True, capture_output=True)
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        yield archive
 
 
 def text_of(wheel: zipfile.ZipFile, ending: str) -> str:
@@ -54,3 +65,39 @@ def test_every_module_and_profile_is_in_the_wheel(wheel: zipfile.ZipFile) -> Non
         for path in package.rglob(pattern)
     }
     assert {name for name in wheel.namelist() if name.startswith("orthorank_vllm/")} == wanted
+
+
+def test_the_metadata_says_where_the_project_is_and_what_it_runs_on(wheel: zipfile.ZipFile) -> None:
+    metadata = Parser().parsestr(text_of(wheel, ".dist-info/METADATA"))
+    urls = dict(line.split(", ", 1) for line in metadata.get_all("Project-URL") or [])
+    assert {"Homepage", "Documentation", "Source", "Issues", "Changelog", "Paper"} == set(urls)
+    assert (ROOT / urls["Changelog"].rpartition("/")[2]).is_file()
+    assert metadata["License-Expression"] == "Apache-2.0"
+    classifiers = metadata.get_all("Classifier") or []
+    pythons = [
+        line for line in classifiers if line.startswith("Programming Language :: Python :: 3.")
+    ]
+    assert metadata["Requires-Python"] == ">=" + pythons[0].rpartition(" ")[2]
+    assert "Typing :: Typed" in classifiers
+
+
+def test_the_changelog_knows_this_version(wheel: zipfile.ZipFile) -> None:
+    version = Parser().parsestr(text_of(wheel, ".dist-info/METADATA"))["Version"]
+    headings = [
+        line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line[:3] == "## "
+    ]
+    assert version in headings[0]
+
+
+def test_the_source_distribution_is_the_whole_project(source_distribution: tarfile.TarFile) -> None:
+    """Break seen: without MANIFEST.in it had the tests, but none of what they import.
+
+    Without a history the project is such a distribution itself.
+    """
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if tracked.returncode:
+        pytest.skip("no history to compare with")
+    packed = {name.partition("/")[2] for name in source_distribution.getnames()}
+    assert [name for name in tracked.stdout.split() if name not in packed] == []
