@@ -83,7 +83,7 @@ def test_the_download_has_the_token_and_the_server_has_the_model() -> None:
     assert download["image"] == server["image"]
     assert download["command"] == ["hf", "download"]
     assert download["args"] == ["org/model", "--revision=main", "--exclude", "original/*"]
-    assert "--revision=main" in server["args"]
+    assert {"--revision=main", "--served-model-name=org/model"} <= set(server["args"])
     assert names(download["env"])["HF_TOKEN"] == {"secretKeyRef": {"name": "hub", "key": "token"}}
     assert "HF_TOKEN" not in names(server["env"])
     assert names(server["env"])["HF_HUB_OFFLINE"] == "1"
