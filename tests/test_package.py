@@ -1,5 +1,6 @@
 """What `pip install orthorank-vllm` installs, and what it must not."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
+from orthorank_vllm.doctor.installation import TESTED
 from tests.conftest import ROOT
 
 
@@ -101,3 +104,20 @@ def test_the_source_distribution_is_the_whole_project(source_distribution: tarfi
         pytest.skip("no history to compare with")
     packed = {name.partition("/")[2] for name in source_distribution.getnames()}
     assert [name for name in tracked.stdout.split() if name not in packed] == []
+
+
+def test_the_compatibility_page_covers_the_versions_that_are_supported(
+    wheel: zipfile.ZipFile,
+) -> None:
+    text = (ROOT / "docs" / "compatibility.md").read_text()
+    columns = re.search(r"^\| +\| (0\.\d+) \|.*\| (0\.\d+) \|$", text, re.MULTILINE)
+    assert columns is not None
+    oldest, newest = columns.groups()
+    [vllm] = re.findall(r"^Requires-Dist: vllm(.*);", text_of(wheel, "METADATA"), re.MULTILINE)
+    assert SpecifierSet(vllm).contains(oldest)
+    assert SpecifierSet(vllm).contains(newest)
+    assert TESTED["vllm"].startswith(newest)
+    beyond = [f"0.{int(oldest[2:]) - 1}.9", f"0.{int(newest[2:]) + 1}.0"]
+    assert not any(SpecifierSet(vllm).contains(version) for version in beyond)
+    for named in re.findall(r"`(tests/.*?)`", text):
+        assert (ROOT / named).is_file(), named
