@@ -1,14 +1,19 @@
 """What `pip install orthorank-vllm` installs, and what it must not."""
 
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from collections.abc import Iterator
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
+from orthorank_vllm.doctor.installation import TESTED
 from tests.conftest import ROOT
 
 
@@ -20,6 +25,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
     subprocess.run([*command, "-w", folder, ROOT], check=True)
     return zipfile.ZipFile(next(folder.glob("*.whl")))
+
+
+@pytest.fixture(scope="module")
+def source_distribution(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tarfile.TarFile]:
+    folder = tmp_path_factory.mktemp("sdist")
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, folder], cwd=ROOT, check=True, capture_output=True)
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        yield archive
 
 
 def text_of(wheel: zipfile.ZipFile, ending: str) -> str:
@@ -54,3 +68,56 @@ def test_every_module_and_profile_is_in_the_wheel(wheel: zipfile.ZipFile) -> Non
         for path in package.rglob(pattern)
     }
     assert {name for name in wheel.namelist() if name.startswith("orthorank_vllm/")} == wanted
+
+
+def test_the_metadata_says_where_the_project_is_and_what_it_runs_on(wheel: zipfile.ZipFile) -> None:
+    metadata = Parser().parsestr(text_of(wheel, ".dist-info/METADATA"))
+    urls = dict(line.split(", ", 1) for line in metadata.get_all("Project-URL") or [])
+    assert {"Homepage", "Documentation", "Source", "Issues", "Changelog", "Paper"} == set(urls)
+    assert (ROOT / urls["Changelog"].rpartition("/")[2]).is_file()
+    assert metadata["License-Expression"] == "Apache-2.0"
+    classifiers = metadata.get_all("Classifier") or []
+    pythons = [
+        line for line in classifiers if line.startswith("Programming Language :: Python :: 3.")
+    ]
+    assert metadata["Requires-Python"] == ">=" + pythons[0].rpartition(" ")[2]
+    assert "Typing :: Typed" in classifiers
+
+
+def test_the_changelog_knows_this_version(wheel: zipfile.ZipFile) -> None:
+    version = Parser().parsestr(text_of(wheel, ".dist-info/METADATA"))["Version"]
+    headings = [
+        line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line[:3] == "## "
+    ]
+    assert version in headings[0]
+
+
+def test_the_source_distribution_is_the_whole_project(source_distribution: tarfile.TarFile) -> None:
+    """Break seen: without MANIFEST.in it had the tests, but none of what they import.
+
+    Without a history the project is such a distribution itself.
+    """
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if tracked.returncode:
+        pytest.skip("no history to compare with")
+    packed = {name.partition("/")[2] for name in source_distribution.getnames()}
+    assert [name for name in tracked.stdout.split() if name not in packed] == []
+
+
+def test_the_compatibility_page_covers_the_versions_that_are_supported(
+    wheel: zipfile.ZipFile,
+) -> None:
+    text = (ROOT / "docs" / "compatibility.md").read_text()
+    columns = re.search(r"^\| +\| (0\.\d+) \|.*\| (0\.\d+) \|$", text, re.MULTILINE)
+    assert columns is not None
+    oldest, newest = columns.groups()
+    [vllm] = re.findall(r"^Requires-Dist: vllm(.*);", text_of(wheel, "METADATA"), re.MULTILINE)
+    assert SpecifierSet(vllm).contains(oldest)
+    assert SpecifierSet(vllm).contains(newest)
+    assert TESTED["vllm"].startswith(newest)
+    beyond = [f"0.{int(oldest[2:]) - 1}.9", f"0.{int(newest[2:]) + 1}.0"]
+    assert not any(SpecifierSet(vllm).contains(version) for version in beyond)
+    for named in re.findall(r"`(tests/.*?)`", text):
+        assert (ROOT / named).is_file(), named

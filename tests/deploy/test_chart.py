@@ -12,7 +12,8 @@ import yaml
 from tests.deploy.tools import ALERTS, CHART, DASHBOARD, rendered, tool, values_file
 
 KUBERNETES = ("1.28", "1.34")
-CUSTOM = {"ScaledObject", "PodMonitor", "PrometheusRule"}
+# Of other projects: no schema for them is at hand.
+CUSTOM = {"ScaledObject", "PodMonitor", "ServiceMonitor", "PrometheusRule", "HTTPRoute"}
 MODEL = {"model": {"name": "/models/m", "offline": True, "volume": {"claimName": "models"}}}
 EVERYTHING: dict[str, Any] = {
     **MODEL,
@@ -23,6 +24,15 @@ EVERYTHING: dict[str, Any] = {
     "prometheusRule": {"enabled": True},
     "dashboard": {"enabled": True},
     "orthorank": {"ratio": 0.3, "keep": "1/4", "window": 0, "layers": "7,26,14"},
+    "imagePullSecrets": [{"name": "registry"}],
+    "priorityClassName": "serving",
+    "lifecycle": {"preStop": {"exec": {"command": ["sleep", "10"]}}},
+    "cache": {"create": True, "accessModes": ["ReadWriteMany"], "storageClass": "shared"},
+    "extraVolumes": [{"name": "certificates", "configMap": {"name": "certificates"}}],
+    "extraVolumeMounts": [{"name": "certificates", "mountPath": "/certificates"}],
+    "ingress": {"enabled": True, "className": "nginx", "tls": [{"secretName": "tls"}]},
+    "route": {"enabled": True, "parentRefs": [{"name": "gateway", "namespace": "edge"}]},
+    "networkPolicy": {"gatewayNamespace": "edge"},
 }
 # checkov's findings that stand, each with why.
 SUPPRESSED = {

@@ -14,6 +14,7 @@ VENV = Path(os.environ.get("ORTHORANK_TEST_VENV", ROOT / ".venv"))
 MODEL = Path(os.environ.get("ORTHORANK_TEST_MODEL", ROOT / ".models" / "SmolLM2-135M-Instruct"))
 BASE = "localhost/vllm-cpu:test"
 IMAGE = "localhost/orthorank-vllm:test"
+REVISION = "0123abc"
 # The real model's first six layers: quick to start, and a model for which no profile ships.
 FIRST_LAYERS = """
 import sys
@@ -28,7 +29,8 @@ AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 def image() -> str:
     tool(ROOT / "tests" / "deploy" / "base" / "build.sh", VENV)
     options = ["--isolation", "chroot", "--pull-never", "--format", "docker", "--layers"]
-    built = ["--build-arg", f"BASE={BASE}", "-f", "docker/Dockerfile", "-t", IMAGE, "."]
+    given = ["--build-arg", f"BASE={BASE}", "--build-arg", f"REVISION={REVISION}"]
+    built = [*given, "-f", "docker/Dockerfile", "-t", IMAGE, "."]
     printed = tool("buildah", "bud", *options, *built, **ENVIRONMENT)
     assert "check_image: orthorank-vllm" in printed or "Using cache" in printed
     return IMAGE

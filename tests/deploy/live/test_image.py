@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.deploy.live.conftest import BASE, REVISION
 from tests.deploy.live.containers import Server, completion, podman, post, running
+from tests.deploy.test_tags import VERSION
 
 KEY = "sesame"
 STOP_SECONDS = 60
@@ -49,6 +51,17 @@ def test_without_its_key_it_answers_401(server: Server, key: str | None) -> None
 def test_the_key_is_in_neither_log_nor_image(server: Server, image: str) -> None:
     assert KEY not in server.logs()
     assert KEY not in podman("image", "inspect", image)
+
+
+def test_its_labels_say_what_it_is_and_not_what_its_base_is(image: str) -> None:
+    labels = json.loads(podman("image", "inspect", "-f", "{{json .Labels}}", image))
+    said = {name.removeprefix("org.opencontainers.image."): text for name, text in labels.items()}
+    assert said["title"] == "orthorank-vllm"
+    assert said["version"] == VERSION
+    assert said["licenses"] == "Apache-2.0"
+    assert said["base.name"] == BASE
+    assert said["revision"] == REVISION
+    assert said["created"] == ""
 
 
 def test_it_is_user_2000_without_rights(server: Server) -> None:
