@@ -60,7 +60,7 @@ def is_on(run: subprocess.CompletedProcess[str]) -> bool:
 
 
 def test_every_command_has_its_own_help_and_ours_beside_it() -> None:
-    """Break seen: a flag that is added twice."""
+    """Break seen: flags for the server's arguments alone."""
     stock: dict[str, Any] = Script(HELP, VLLM_PLUGINS="").answer
     told: dict[str, Any] = Script(HELP).answer
     assert told.keys() == stock.keys() >= {*WITH_ORTHORANK, "chat", "complete", "collect-env"}

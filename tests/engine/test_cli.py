@@ -39,7 +39,12 @@ def serve_arguments(*words: str) -> Any:
 
 @pytest.fixture
 def parsed(model_path: str) -> Parse:
-    return lambda *flags: AsyncEngineArgs.from_cli_args(serve_arguments(model_path, *flags))
+    def parse(*flags: str) -> Any:
+        # First: vLLM loads its plugins with the parser.
+        arguments = serve_arguments(model_path, *flags)
+        return AsyncEngineArgs.from_cli_args(arguments)
+
+    return parse
 
 
 def test_the_flags_stand_in_a_group_of_their_own() -> None:
