@@ -1,5 +1,6 @@
 """What the user may ask for, by flag or by key, and the one line that answers what he may not."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,10 +12,26 @@ DEFAULT_CALIBRATE_SECONDS = 60.0
 # What `attention` may be: ways for a sparse set of queries, see the package of that name.
 ATTENTION_WAYS = ("auto", "gather", "triton", "cpu")
 OPTION_NAMES = ("ratio", "keep", "window", "layers", "profile", "calibrate_seconds", "attention")
+# Positions are counted in 32 bits on the way.
+MOST_WINDOW = 2**31 - 1
 
 
 class OptionError(ValueError):
     """A user's mistake, told in one line: the option, the value and what is allowed."""
+
+
+def checked_mapping(given: object) -> Mapping[str, Any]:
+    """What `additional_config["orthorank"]` has to be; its keys and values are not looked at.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    if not isinstance(given, Mapping):
+        raise OptionError(
+            f'additional_config["orthorank"] = {" ".join(repr(given).split())}: not allowed, '
+            f"give a dictionary with keys from {', '.join(OPTION_NAMES)}"
+        )
+    return given
 
 
 def flag_of(name: str) -> str:
@@ -24,7 +41,8 @@ def flag_of(name: str) -> str:
 
 def rejected(name: str, value: object, allowed: str) -> OptionError:
     """The error for one option by its name offline."""
-    return OptionError(f"{flag_of(name)} {value}: not allowed, {allowed}")
+    # A value may have lines of its own.
+    return OptionError(f"{flag_of(name)} {' '.join(str(value).split())}: not allowed, {allowed}")
 
 
 def parse_ratio(value: object) -> float:
@@ -46,8 +64,12 @@ def parse_keep(value: object) -> float:
 def parse_window(value: object) -> int:
     """Prompt positions that compete with each other; 0 is the whole prompt."""
     number = _parse_integer(value)
-    if number is None or number < 0:
-        raise rejected("window", value, "give a whole number of tokens, or 0 for the whole prompt")
+    if number is None or not 0 <= number <= MOST_WINDOW:
+        raise rejected(
+            "window",
+            value,
+            f"give a whole number of tokens up to {MOST_WINDOW}, or 0 for the whole prompt",
+        )
     return number
 
 
@@ -85,9 +107,9 @@ def parse_calibrate_seconds(value: object) -> float:
 
 def parse_attention(value: object) -> str:
     """How the selected tokens attend."""
-    if value not in ATTENTION_WAYS:
+    if not isinstance(value, str) or value not in ATTENTION_WAYS:
         raise rejected("attention", value, f"give one of {', '.join(ATTENTION_WAYS)}")
-    return str(value)
+    return value
 
 
 _PARSERS = {
@@ -121,11 +143,7 @@ class Options:
             OptionError: an unknown key, a value out of range, or options that
                 exclude each other.
         """
-        if not isinstance(given, Mapping):
-            raise OptionError(
-                f'additional_config["orthorank"] = {given!r}: not allowed, '
-                f"give a dictionary with keys from {', '.join(OPTION_NAMES)}"
-            )
+        given = checked_mapping(given)
         for name in given:
             if name not in _PARSERS:
                 raise OptionError(
@@ -171,11 +189,13 @@ def _parse_number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
-        # "1/3" as well as 0.25: the default is a fraction.
-        number = float(Fraction(value))
+        # "1/3" as well as 0.25: the default is a fraction. Only then one, as Fraction writes out
+        # all the digits of "1e999999999".
+        is_fraction = isinstance(value, str) and "/" in value
+        number = float(Fraction(value)) if is_fraction else float(value)
     except (ValueError, OverflowError, ZeroDivisionError):
         return None
-    return number
+    return number if math.isfinite(number) else None
 
 
 def _parse_integer(value: object) -> int | None:

@@ -8,33 +8,52 @@ import functools
 import importlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from orthorank_vllm.engine.architectures import ORTHORANK_OF
 from orthorank_vllm.options import OptionError
 
-# Every name in vLLM that is wrapped, subclassed or called, as module:attributes.
+# Every name in vLLM that is imported, called, subclassed or wrapped, as module:attributes.
 SEAMS = (
     "vllm.engine.arg_utils:EngineArgs.add_cli_args",
     "vllm.engine.arg_utils:EngineArgs.from_cli_args",
     "vllm.engine.arg_utils:EngineArgs.create_engine_config",
+    "vllm.utils.argparse_utils:FlexibleArgumentParser.load_config_file",
     "vllm.transformers_utils.config:get_config",
     "vllm.model_executor.models:ModelRegistry.register_model",
     "vllm.model_executor.models:ModelRegistry.models",
+    "vllm.v1.executor.abstract:Executor.__init__",
     "vllm.v1.executor.abstract:Executor.collective_rpc",
     "vllm.tokenizers:cached_tokenizer_from_config",
+    "vllm.config:CompilationMode.STOCK_TORCH_COMPILE",
+    "vllm.platforms:current_platform.is_cuda",
+    "vllm.platforms:current_platform.is_rocm",
+    "vllm.logger:init_logger",
+    "vllm.envs:VLLM_CACHE_ROOT",
+    "vllm.envs:VLLM_API_KEY",
 )
 WORKER_SEAMS = (
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_model",
     "vllm.model_executor.layers.attention.attention:get_attention_context",
+    "vllm.model_executor.layers.attention.attention:unified_attention_with_output",
     "vllm.model_executor.layers.attention.attention:unified_kv_cache_update",
+    "vllm.model_executor.layers.layernorm:RMSNorm",
+    "vllm.model_executor.layers.linear:UnquantizedLinearMethod",
     "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
+    "vllm.model_executor.models.utils:PPMissingLayer",
     "vllm._custom_ops:cpu_attn_get_scheduler_metadata",
     "vllm._custom_ops:fused_add_rms_norm",
     "vllm._custom_ops:rms_norm",
     "vllm._custom_ops:cpu_attention_with_kv_cache",
+    "vllm.config:CUDAGraphMode.FULL",
+    "vllm.config:VllmConfig.use_v2_model_runner",
+    "vllm.distributed:get_tp_group",
+    "vllm.envs:VLLM_CPU_ATTN_SPLIT_KV",
     "vllm.forward_context:get_forward_context",
+    "vllm.forward_context:set_forward_context",
+    "vllm.platforms:current_platform.fp8_dtype",
+    "vllm.sequence:IntermediateTensors",
 )
 # In workers of Model Runner V2; all of its modules need a GPU's Triton.
 GPU_SEAMS = (
@@ -44,6 +63,14 @@ GPU_SEAMS = (
     "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_inputs",
     "vllm.v1.worker.gpu.model_states.default:DefaultModelState.postprocess_state",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.get_model",
+)
+# What only the command `orthorank` uses; too much to import in every process of vLLM.
+COMMAND_SEAMS = (
+    "vllm:LLM",
+    "vllm:SamplingParams",
+    "vllm.platforms:current_platform.device_type",
+    "vllm.platforms:current_platform.get_device_name",
+    "vllm.v1.executor:Executor.get_class",
 )
 
 _registered = False
@@ -61,6 +88,7 @@ def register() -> None:
     require_seams(SEAMS)
     _add_flags()
     _read_flags()
+    _read_lists()
     _configure_engine()
     _calibrate_at_start()
     _register_architectures()
@@ -122,22 +150,37 @@ def _read_flags() -> None:
     # Breaks on: from_cli_args no longer being the one way from flags to EngineArgs.
     from vllm.engine.arg_utils import EngineArgs
 
-    from orthorank_vllm.engine.cli import given_flags
+    from orthorank_vllm.engine.cli import with_flags
 
     original = EngineArgs.from_cli_args.__func__
 
     @functools.wraps(original)
     def from_cli_args(cls: type, args: Any, *rest: Any, **kwargs: Any) -> Any:
         engine_args = original(cls, args, *rest, **kwargs)
-        engine_args.orthorank_from_cli = True
-        flags = given_flags(args)
-        if flags:
-            config = engine_args.additional_config
-            given = {**config.get("orthorank", {}), **flags}
-            engine_args.additional_config = {**config, "orthorank": given}
+        try:
+            engine_args.additional_config = with_flags(engine_args.additional_config, args)
+        except OptionError as error:
+            _end_command(error)
         return engine_args
 
     EngineArgs.from_cli_args = classmethod(from_cli_args)
+
+
+def _read_lists() -> None:
+    # Why: of a list in a `--config` file our flag would get the first item, and the last would
+    # become the model's name.
+    # Breaks on: a file that is read elsewhere (a list is then taken as it was).
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from orthorank_vllm.engine.cli import joined_lists
+
+    original = FlexibleArgumentParser.load_config_file
+
+    @functools.wraps(original)
+    def load_config_file(self: Any, *args: Any, **kwargs: Any) -> list[str]:
+        return joined_lists(original(self, *args, **kwargs))
+
+    FlexibleArgumentParser.load_config_file = load_config_file
 
 
 def _configure_engine() -> None:
@@ -146,22 +189,28 @@ def _configure_engine() -> None:
     # Breaks on: an engine configured without create_engine_config (the workers then refuse).
     from vllm.engine.arg_utils import EngineArgs
 
-    from orthorank_vllm.engine.configure import configure
+    from orthorank_vllm.engine.cli import FromCommandLine
+    from orthorank_vllm.engine.configure import configure, options_in
 
     original = EngineArgs.create_engine_config
 
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        is_from_command_line = isinstance(options_in(self.additional_config), FromCommandLine)
         try:
             return configure(self, original, *args, **kwargs)
         except OptionError as error:
-            if not getattr(self, "orthorank_from_cli", False):
+            if not is_from_command_line:
                 raise
-            # A user's mistake on the command line: one line, no traceback.
-            print(f"vllm: error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+            _end_command(error)
 
     EngineArgs.create_engine_config = create_engine_config
+
+
+def _end_command(error: OptionError) -> NoReturn:
+    """A user's mistake on the command line: one line, no traceback."""
+    print(f"vllm: error: {error}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def _calibrate_at_start() -> None:
@@ -170,12 +219,15 @@ def _calibrate_at_start() -> None:
     # Breaks on: an executor that loads its model later (the first prompt is then refused).
     from vllm.v1.executor.abstract import Executor
 
+    from orthorank_vllm.engine.configure import options_in
+
     original = Executor.__init__
 
     @functools.wraps(original)
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, *args, **kwargs)
-        if vllm_config.additional_config.get("orthorank", {}).get("to_choose"):
+        options = options_in(vllm_config.additional_config)
+        if isinstance(options, dict) and options.get("to_choose"):
             from orthorank_vllm.engine.startup import choose_layers
 
             choose_layers(self, vllm_config)

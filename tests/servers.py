@@ -68,10 +68,9 @@ def serving(model_path: str, folder: Path, *options: str, **environment: str) ->
         port = int(probe.getsockname()[1])
     command = [os.fspath(Path(sys.executable).parent / "vllm"), "serve", model_path]
     command += ["--served-model-name", NAME, "--dtype", "float32", "--max-model-len", "2048"]
-    command += ["--host", "127.0.0.1", "--port", str(port), *options]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--orthorank-endpoint", *options]
     kept = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     kept |= {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_API_KEY": API_KEY}
-    kept |= {"VLLM_PLUGINS": "orthorank,orthorank_endpoint"}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=output, env={**kept, **environment}

@@ -54,8 +54,6 @@ def test_vllm_finds_the_plugin_and_the_shell_its_command(wheel: zipfile.ZipFile)
     sections = text_of(wheel, "entry_points.txt").strip().split("\n\n")
     assert sorted(sections) == [
         "[console_scripts]\northorank = orthorank_vllm.cli:main",
-        "[vllm.endpoint_plugins]\n"
-        "orthorank_endpoint = orthorank_vllm.engine.endpoint:StatusEndpoint",
         "[vllm.general_plugins]\northorank = orthorank_vllm.plugin:register",
     ]
 

@@ -4,7 +4,10 @@ The engine runs in a process of its own and the model is compiled, as a user has
 """
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -202,6 +205,11 @@ def test_vllms_own_metrics_stay(server: Server) -> None:
     assert server.metric("vllm:prompt_tokens_total") > 0
 
 
+def test_no_plugin_is_announced_that_the_user_did_not_ask_for(server: Server) -> None:
+    """Break seen: an entry point of vLLM's for routes, of which it says that it is not named."""
+    assert "endpoint plugin" not in server.log.read_text()
+
+
 def test_the_endpoint_says_what_metrics_say(server: Server) -> None:
     told = json.loads(server.get("/orthorank", API_KEY))
     assert told["active"] is True
@@ -260,6 +268,30 @@ def test_the_doctor_finds_the_server_well(
     monkeypatch.setenv("OPENAI_API_KEY", API_KEY)
     assert main(["doctor", server.url]) == 0
     assert "wants the API key" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "complete --quick hello --max-tokens 4",
+        "chat --quick hello",
+        "bench serve --num-prompts 2 --random-input-len 64 --random-output-len 4 --model MODEL"
+        " --served-model-name NAME --base-url URL",
+    ],
+    ids=lambda words: " ".join(words.split(" --")[0].split()),
+)
+def test_vllms_own_clients_work_with_the_plugin_installed(
+    server: Server, model_path: str, words: str
+) -> None:
+    known = {"URL": server.url, "NAME": NAME, "MODEL": model_path}
+    command = [known.get(word, word) for word in words.split()]
+    if command[0] != "bench":
+        command += ["--url", f"{server.url}/v1", "--api-key", API_KEY]
+    vllm = Path(sys.executable).parent / "vllm"
+    environment = {**os.environ, "OPENAI_API_KEY": API_KEY}
+    run = subprocess.run([vllm, *command], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert "Traceback" not in run.stderr
 
 
 def test_a_mistake_in_a_request_is_answered_by_vllm(server: Server) -> None:

@@ -3,7 +3,7 @@
 import os
 import platform
 from collections.abc import Iterator
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, requires, version
+from importlib.metadata import PackageNotFoundError, entry_points, requires, version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -19,7 +19,6 @@ INSTALL = "pip install 'orthorank-vllm[vllm]'"
 # What the tests run with, see requirements/.
 TESTED = {"vllm": "0.32.0", "torch": "2.13.0", "transformers": "5.19.0"}
 PLUGIN = "vllm.general_plugins", "orthorank"
-ENDPOINT = "vllm.endpoint_plugins", "orthorank_endpoint"
 
 
 def checks() -> Iterator[Check]:
@@ -30,13 +29,13 @@ def checks() -> Iterator[Check]:
     if found.state != FAILED:
         yield from _tested_versions()
     yield _plugin()
-    yield _endpoint()
     try:
         import vllm.engine.arg_utils  # noqa: F401
     except Exception as error:  # whatever a broken installation raises
         yield failed("import vllm", _one_line(error), f"Mend vLLM first, or {INSTALL}")
     else:
         yield _hooks()
+        yield _endpoint()
         yield _device()
         yield _cache()
     yield _profiles()
@@ -102,14 +101,9 @@ def _allowed() -> list[str] | None:
     return None if named is None else named.split(",")
 
 
-def _entry_point(plugin: tuple[str, str]) -> EntryPoint | None:
-    group, name = plugin
-    return next((entry for entry in entry_points(group=group) if entry.name == name), None)
-
-
 def _plugin() -> Check:
     group, name = PLUGIN
-    if _entry_point(PLUGIN) is None:
+    if name not in entry_points(group=group).names:
         return failed(
             "plugin",
             f"vLLM does not find it: no entry point {name} in {group}",
@@ -126,31 +120,20 @@ def _plugin() -> Check:
 
 
 def _endpoint() -> Check:
-    group, name = ENDPOINT
-    entry = _entry_point(ENDPOINT)
-    if entry is None:
-        return warning(
-            "GET /orthorank",
-            f"no entry point {name} in {group}",
-            "Install orthorank-vllm anew",
-        )
-    if name not in (_allowed() or []):
-        return ok("GET /orthorank", f"off, as VLLM_PLUGINS does not name {name}")
+    what = "GET /orthorank"
     try:
-        entry.load()
-    except Exception as error:  # vLLM, too, would go on without it
+        import orthorank_vllm.engine.endpoint  # noqa: F401
+    except Exception as error:  # whatever stops the server then
         return warning(
-            "GET /orthorank",
-            f"does not load ({_one_line(error)})",
-            f"Mend vLLM, or take {name} out of VLLM_PLUGINS",
+            what, f"does not load ({_one_line(error)})", "Leave out --orthorank-endpoint"
         )
-    return ok("GET /orthorank", "on")
+    return ok(what, "loads where --orthorank-endpoint asks for it")
 
 
 def _hooks() -> Check:
-    from orthorank_vllm.plugin import SEAMS, missing_seams, worker_seams
+    from orthorank_vllm.plugin import COMMAND_SEAMS, SEAMS, missing_seams, worker_seams
 
-    seams = (*SEAMS, *worker_seams())
+    seams = (*SEAMS, *worker_seams(), *COMMAND_SEAMS)
     missing = [seam for seam, _ in missing_seams(seams)]
     if missing:
         return failed(

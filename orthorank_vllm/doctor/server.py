@@ -161,7 +161,7 @@ def _sinks(what: str, engine: EngineStatus) -> Check:
 def _endpoint(status: int, told: str) -> Check:
     what = "GET /orthorank"
     if status == 404:
-        return ok(what, "off, as VLLM_PLUGINS of the server does not name orthorank_endpoint")
+        return ok(what, "off, as the server was started without --orthorank-endpoint")
     if status == 401:
         return warning(what, "on, and wants the API key", "Give --api-key, or set OPENAI_API_KEY")
     try:

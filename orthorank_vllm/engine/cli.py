@@ -1,7 +1,8 @@
-"""The flags of `vllm serve`."""
+"""The flags of `vllm serve`, and of every other command that takes vLLM's engine options."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 from orthorank_vllm.options import (
@@ -10,6 +11,7 @@ from orthorank_vllm.options import (
     DEFAULT_WINDOW,
     OPTION_NAMES,
     OptionError,
+    checked_mapping,
     flag_of,
     parse_attention,
     parse_calibrate_seconds,
@@ -19,6 +21,16 @@ from orthorank_vllm.options import (
     parse_ratio,
     parse_window,
 )
+
+STATUS_ROUTE = "orthorank_vllm.engine.endpoint.StatusRoute"
+
+
+class FromCommandLine(dict[str, Any]):
+    """Options that a command line gave: a mistake in them is answered without a traceback.
+
+    vLLM copies its `EngineArgs` field by field, and into other processes. This goes with them,
+    where a mark on the object would be lost, or be taken for a field.
+    """
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -77,12 +89,58 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         f"How the selected tokens attend, for comparisons and as a way out: one of "
         f"{', '.join(ATTENTION_WAYS)} (default: auto).",
     )
+    # vLLM's own interface for what a server is to do beside its routes.
+    group.add_argument(
+        "--orthorank-endpoint",
+        dest="middleware",
+        action="append_const",
+        const=STATUS_ROUTE,
+        default=argparse.SUPPRESS,
+        help="Let the server answer GET /orthorank: what it runs and has counted, as JSON.",
+    )
 
 
-def given_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that the command line set, by their names offline."""
-    values = {name: getattr(args, f"orthorank_{name}", None) for name in OPTION_NAMES}
-    return {name: value for name, value in values.items() if value is not None}
+def with_flags(additional_config: Any, args: argparse.Namespace) -> Any:
+    """vLLM's `additional_config` with the options that the command line gave in either way.
+
+    Args:
+        additional_config: as vLLM parsed it; any type, as vLLM leaves that open.
+        args: all that was parsed. A flag goes before the same option in `additional_config`.
+
+    Raises:
+        OptionError: there is no place for the options in `additional_config`.
+    """
+    flags = {name: getattr(args, f"orthorank_{name}", None) for name in OPTION_NAMES}
+    flags = {name: value for name, value in flags.items() if value is not None}
+    if not isinstance(additional_config, dict):
+        if not flags:
+            return additional_config
+        raise OptionError(
+            f"--additional-config {' '.join(str(additional_config).split())}: not allowed beside "
+            f"{flag_of(next(iter(flags)))}, give a JSON object"
+        )
+    if not flags and "orthorank" not in additional_config:
+        return additional_config
+    given = checked_mapping(additional_config.get("orthorank", {}))
+    return {**additional_config, "orthorank": FromCommandLine({**given, **flags})}
+
+
+def joined_lists(words: Sequence[str]) -> list[str]:
+    """A configuration file's words, each list for one of our flags made one word with it.
+
+    vLLM's reader makes `orthorank-layers: [7, 26]` the three words `--orthorank-layers 7 26`, of
+    which the last would be taken for the model.
+    """
+    joined: list[str] = []
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if word.replace("_", "-").startswith("--orthorank-"):
+            values = list(takewhile(lambda value: not value.startswith("--"), words))
+            del words[: len(values)]
+            word = "=".join([word, *([",".join(values)] if values else [])])
+        joined.append(word)
+    return joined
 
 
 def _type(name: str, parse: Callable[[object], Any]) -> Callable[[str], Any]:

@@ -9,7 +9,7 @@ from orthorank_vllm.config import resolve
 from orthorank_vllm.engine.architectures import hf_overrides_for
 from orthorank_vllm.engine.refusals import check_supported
 from orthorank_vllm.metrics.folder import FOLDER_VARIABLE, prepare_server
-from orthorank_vllm.options import Options
+from orthorank_vllm.options import Options, rejected
 from orthorank_vllm.profiles import model_identity
 
 RAY_VARIABLES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
@@ -42,6 +42,8 @@ def configure(
     model = model_identity(vllm_config.model_config.hf_text_config)
     check_way(options.attention, vllm_config.device_config.device_type)
     config = resolve(options, model, envs.VLLM_CACHE_ROOT)
+    if config.to_choose:
+        _check_can_calibrate(vllm_config.model_config, options)
     vllm_config.additional_config = {
         **vllm_config.additional_config,
         "orthorank": config.as_dict(),
@@ -49,6 +51,26 @@ def configure(
     prepare_server()
     _hand_on_to_ray(FOLDER_VARIABLE)
     return vllm_config
+
+
+def options_in(additional_config: Any) -> Any:
+    """The options in vLLM's `additional_config`, not validated; None if there are none.
+
+    Args:
+        additional_config: any type: vLLM leaves that open.
+    """
+    return additional_config.get("orthorank") if isinstance(additional_config, dict) else None
+
+
+def _check_can_calibrate(model_config: Any, options: Options) -> None:
+    if model_config.skip_tokenizer_init:
+        raise rejected(
+            "ratio",
+            options.ratio,
+            "with --skip-tokenizer-init this model's layers cannot be chosen at its first start, "
+            "which takes its tokenizer; give --orthorank-profile or --orthorank-layers, or let "
+            "vLLM load the tokenizer",
+        )
 
 
 def _hand_on_to_ray(variable: str) -> None:

@@ -32,7 +32,7 @@ def test_this_installation_is_well(
     assert status == 0
     assert set(TESTED) < {what.removesuffix(" version") for what in checks}
     assert "SmolLM2-135M-Instruct" in checks["shipped profiles"]["found"]
-    assert "off" in checks["GET /orthorank"]["found"]
+    assert checks["GET /orthorank"]["found"] == "loads where --orthorank-endpoint asks for it"
 
 
 def test_there_is_one_line_for_each_check(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,13 +46,22 @@ def test_there_is_one_line_for_each_check(capsys: pytest.CaptureFixture[str]) ->
 def test_a_plugin_that_vllm_is_told_not_to_load_fails_and_says_what_to_do(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("VLLM_PLUGINS", "other,orthorank_endpoint")
+    monkeypatch.setenv("VLLM_PLUGINS", "other,orthorank_more")
     status, checks = examine(capsys)
     assert status == 1
     assert checks["plugin"]["state"] == "FAILED"
-    assert "VLLM_PLUGINS=other,orthorank_endpoint does not name it" in checks["plugin"]["found"]
+    assert "VLLM_PLUGINS=other,orthorank_more does not name it" in checks["plugin"]["found"]
     assert checks["plugin"]["mend"] == "Add orthorank to VLLM_PLUGINS, or unset it"
-    assert checks["GET /orthorank"]["found"] == "on"
+
+
+def test_an_endpoint_that_would_stop_the_server_is_a_warning(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "orthorank_vllm.engine.endpoint", None)
+    status, checks = examine(capsys)
+    assert status == 0
+    assert checks["GET /orthorank"]["state"] == "warning"
+    assert checks["GET /orthorank"]["mend"] == "Leave out --orthorank-endpoint"
 
 
 def test_hooks_that_vllm_lacks_are_all_named(

@@ -1,20 +1,48 @@
 """The flags, through vLLM's own parser."""
 
+import json
+import pickle
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm.engine.arg_utils import AsyncEngineArgs
+import yaml
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from orthorank_vllm.options import OptionError
+
 Parse = Callable[..., Any]
+
+
+@cache
+def vllm_parser() -> FlexibleArgumentParser:
+    """The part of vLLM's own that takes the engine's options."""
+    parser = FlexibleArgumentParser(prog="vllm")
+    serve = parser.add_subparsers(dest="subparser").add_parser("serve")
+    serve.add_argument("model_tag", nargs="?")
+    # As among the server's options.
+    serve.add_argument("--middleware", action="append", default=[])
+    AsyncEngineArgs.add_cli_args(serve)
+    return parser
+
+
+def serve_arguments(*words: str) -> Any:
+    """What `vllm serve` with these words is told."""
+    arguments = vllm_parser().parse_args(["serve", *words])
+    if arguments.model_tag is not None:
+        arguments.model = arguments.model_tag
+    return arguments
 
 
 @pytest.fixture
 def parsed(model_path: str) -> Parse:
     def parse(*flags: str) -> Any:
-        parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm serve"))
-        return AsyncEngineArgs.from_cli_args(parser.parse_args(["--model", model_path, *flags]))
+        # First: vLLM loads its plugins with the parser.
+        arguments = serve_arguments(model_path, *flags)
+        return AsyncEngineArgs.from_cli_args(arguments)
 
     return parse
 
@@ -31,6 +59,7 @@ def test_the_flags_stand_in_a_group_of_their_own() -> None:
         "--orthorank-profile",
         "--orthorank-calibrate-seconds",
         "--orthorank-attention",
+        "--orthorank-endpoint",
     }
 
 
@@ -47,7 +76,16 @@ def test_underscores_are_taken_as_vllm_takes_them(parsed: Parse) -> None:
 
 
 def test_without_a_flag_there_is_no_trace_of_orthorank(parsed: Parse) -> None:
-    assert parsed().additional_config == {}
+    """Break seen: an attribute of ours on the object, which `cls(**vars(...))` does not take."""
+    args = parsed()
+    assert args.additional_config == {}
+    assert vars(args).keys() == set(args.__dataclass_fields__)
+
+
+def test_a_flag_leaves_nothing_on_vllms_arguments_but_the_options(parsed: Parse) -> None:
+    """`vllm bench latency` copies them so."""
+    args = parsed("--orthorank-ratio", "0.2")
+    assert type(args)(**vars(args)).additional_config == {"orthorank": {"ratio": 0.2}}
 
 
 def test_a_flag_wins_over_the_same_option_in_additional_config(parsed: Parse) -> None:
@@ -60,32 +98,150 @@ def test_a_flag_wins_over_the_same_option_in_additional_config(parsed: Parse) ->
     assert args.additional_config == {"orthorank": {"ratio": 0.2, "keep": 0.5}, "other": 1}
 
 
-@pytest.mark.parametrize(
-    ("flags", "answer"),
-    [
-        (("--orthorank-ratio", "1.5"), "argument --orthorank-ratio: 1.5: not allowed, give a"),
-        (("--orthorank-ratio", "nan"), "argument --orthorank-ratio: nan: not allowed"),
-        (("--orthorank-ratio", "much"), "argument --orthorank-ratio: much: not allowed"),
-        (("--orthorank-keep", "0"), "argument --orthorank-keep: 0: not allowed"),
-        (("--orthorank-window", "-3"), "argument --orthorank-window: -3: not allowed"),
-        (("--orthorank-attention", "fast"), "fast: not allowed, give one of auto, gather, triton"),
-        (("--orthorank-layers", "3,3"), "argument --orthorank-layers: 3,3: not allowed"),
-    ],
-)
+def test_the_endpoint_is_one_more_middleware(model_path: str) -> None:
+    """By vLLM's own option, whose values stay."""
+    opened = serve_arguments(model_path, "--middleware", "a.b", "--orthorank-endpoint")
+    assert opened.middleware == ["a.b", "orthorank_vllm.engine.endpoint.StatusRoute"]
+    assert serve_arguments(model_path).middleware == []
+
+
+@pytest.mark.parametrize("before_the_model", [True, False])
+@pytest.mark.parametrize("layers", ["7,26,14", [7, 26, 14], ["7", "26,14"]])
+def test_a_configuration_file_may_give_the_layers_as_a_list(
+    model_path: str, tmp_path: Path, layers: object, before_the_model: bool
+) -> None:
+    """Break seen: vLLM's reader alone, by which the last layer becomes the model's name."""
+    file = tmp_path / "serve.yaml"
+    options = {"orthorank-layers": layers, "orthorank_keep": 0.25, "orthorank-endpoint": True}
+    words = ["--config", str(file)]
+    if before_the_model:
+        options |= {"model": model_path}
+    else:
+        words = [model_path, *words]
+    file.write_text(yaml.safe_dump(options | {"max-num-seqs": 3}))
+    arguments = serve_arguments(*words)
+    assert arguments.model == model_path
+    assert (arguments.orthorank_layers, arguments.orthorank_keep) == ((7, 26, 14), 0.25)
+    assert (arguments.max_num_seqs, len(arguments.middleware)) == (3, 1)
+
+
+def test_layers_may_stand_before_the_model(model_path: str) -> None:
+    """Break seen: a flag that takes all words after it."""
+    arguments = serve_arguments("--orthorank-layers", "7,26", model_path)
+    assert (arguments.model, arguments.orthorank_layers) == (model_path, (7, 26))
+
+
+def by_flag(name: str, value: object, folder: Path) -> list[str]:
+    return [f"--orthorank-{name.replace('_', '-')}={value}"]
+
+
+def by_json(name: str, value: object, folder: Path) -> list[str]:
+    return ["--additional-config", json.dumps({"orthorank": {name: value}})]
+
+
+def by_dots(name: str, value: object, folder: Path) -> list[str]:
+    return [f"--additional-config.orthorank.{name}", str(value)]
+
+
+def by_file(name: str, value: object, folder: Path) -> list[str]:
+    file = folder / "options.yaml"
+    file.write_text(yaml.safe_dump({f"orthorank-{name}": value}))
+    return ["--config", str(file)]
+
+
+def by_nested_file(name: str, value: object, folder: Path) -> list[str]:
+    file = folder / "options.yaml"
+    file.write_text(yaml.safe_dump({"additional-config": {"orthorank": {name: value}}}))
+    return ["--config", str(file)]
+
+
+WRONG = [
+    *[("ratio", value) for value in ("1.5", "nan", "inf", "much", "", "1e999999999", -1, "a\nb")],
+    *[("keep", value) for value in ("0", "1", "1/0", "1/3/4", 7, "x" * 9)],
+    *[("window", value) for value in (-3, 0.5, "99999999999999999999", "many")],
+    *[("layers", value) for value in ("3,3", "", "-1,3", "7,,8", "1.5", "7;8", [3, 3], [-1])],
+    *[("calibrate_seconds", value) for value in (-1, "inf", "soon")],
+    *[("attention", value) for value in ("fast", "CPU", "")],
+    ("profile", ""),
+]
+
+
+@pytest.mark.parametrize("way", [by_flag, by_json, by_dots, by_file, by_nested_file])
+@pytest.mark.parametrize(("name", "value"), WRONG)
 def test_a_wrong_value_is_answered_in_one_line(
-    parsed: Parse, flags: tuple[str, ...], answer: str, capsys: pytest.CaptureFixture[str]
+    parsed: Parse,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    way: Callable[[str, object, Path], list[str]],
+    name: str,
+    value: object,
+) -> None:
+    """Break seen: a number with a large exponent, which took all memory to write out."""
+    with pytest.raises(SystemExit) as caught:
+        parsed(*way(name, value, tmp_path)).create_engine_config()
+    assert caught.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"--orthorank-{name.replace('_', '-')}" in last
+    assert "not allowed, " in last
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_a_wrong_value_offline_is_one_line_too(model_path: str, name: str, value: object) -> None:
+    args = EngineArgs(model=model_path, additional_config={"orthorank": {name: value}})
+    with pytest.raises(OptionError, match=r"^--orthorank-.* not allowed, ") as caught:
+        args.create_engine_config()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [0.3, None, "ratio", [1], True])
+@pytest.mark.parametrize("flags", [(), ("--orthorank-ratio", "0.3")])
+def test_options_that_are_no_dictionary_are_answered_in_one_line(
+    parsed: Parse,
+    model_path: str,
+    capsys: pytest.CaptureFixture[str],
+    given: object,
+    flags: tuple[str, ...],
+) -> None:
+    """Break seen: such a value, spread into a dictionary."""
+    for words in (
+        ["--additional-config", json.dumps({"orthorank": given})],
+        ["--additional-config.orthorank", json.dumps(given)],
+    ):
+        with pytest.raises(SystemExit) as caught:
+            parsed(*words, *flags).create_engine_config()
+        assert caught.value.code == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith(f'vllm: error: additional_config["orthorank"] = {given!r}: not all')
+    if not flags:
+        with pytest.raises(OptionError, match="not allowed, give a dictionary with keys from"):
+            EngineArgs(
+                model=model_path, additional_config={"orthorank": given}
+            ).create_engine_config()
+
+
+@pytest.mark.parametrize("given", ["null", "3", "[1]"])
+def test_an_additional_config_without_room_for_the_flags_is_answered_in_one_line(
+    parsed: Parse, capsys: pytest.CaptureFixture[str], given: str
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        parsed(*flags)
+        parsed("--additional-config", given, "--orthorank-ratio", "0.3")
     assert caught.value.code == 2
-    assert answer in capsys.readouterr().err.splitlines()[-1]
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"vllm: error: --additional-config {given}: not allowed beside --orthorank-ratio, "
+        "give a JSON object"
+    )
 
 
+@pytest.mark.parametrize("copied", ["itself", "field by field", "into another process"])
 def test_a_mistake_that_needs_the_model_to_be_seen_is_one_line_too(
-    parsed: Parse, capsys: pytest.CaptureFixture[str]
+    parsed: Parse, capsys: pytest.CaptureFixture[str], copied: str
 ) -> None:
     """Break seen: the exception of the offline interface, with its traceback."""
     args = parsed("--orthorank-layers", "3,99")
+    if copied == "field by field":
+        args = EngineArgs(**{name: vars(args)[name] for name in EngineArgs.__dataclass_fields__})
+    elif copied == "into another process":
+        args = pickle.loads(pickle.dumps(args))
     with pytest.raises(SystemExit) as caught:
         args.create_engine_config()
     assert caught.value.code == 2

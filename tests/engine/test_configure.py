@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.executor.abstract import Executor
 
 from orthorank_vllm.engine.refusals import REFUSALS, check_supported
 from orthorank_vllm.options import OptionError
@@ -40,6 +41,23 @@ def test_a_ratio_of_zero_is_the_stock_configuration(model_path: str, off: dict[s
 def test_two_ratios_never_share_a_compile_cache(model_path: str) -> None:
     hashes = {configured(model_path, {"ratio": r}).compute_hash() for r in (0.1, 0.2, 0.3)}
     assert len(hashes) == 3
+
+
+class OfAnotherPlugin:
+    """What vLLM takes as `additional_config` beside a dictionary."""
+
+    def compute_hash(self) -> str:
+        return "of another plugin"
+
+
+def test_an_additional_config_that_is_no_dictionary_is_left_alone(model_path: str) -> None:
+    """Break seen: its `get` called when an executor is made."""
+    given = OfAnotherPlugin()
+    config = configured(model_path, additional_config=given)
+    assert config.additional_config is given
+
+    idle: Any = {name: lambda self, *_: None for name in Executor.__abstractmethods__}
+    assert type("Idle", (Executor,), idle)(config).vllm_config is config
 
 
 def test_options_of_other_plugins_are_kept(model_path: str) -> None:
@@ -83,6 +101,18 @@ def test_overrides_given_as_a_function_are_kept(model_path: str) -> None:
     config = configured(model_path, {"ratio": 0.3}, hf_overrides=halve_the_context)
     assert config.model_config.max_model_len == 4096
     assert config.model_config.architecture == "OrthoRankLlamaForCausalLM"
+
+
+def test_layers_cannot_be_measured_without_a_tokenizer(tmp_path: Path) -> None:
+    """Break seen: left to the calibration, which has the weights by then and no tokenizer."""
+    options: dict[str, Any] = {"model_path": write_random("Llama", tmp_path)}
+    options |= {"skip_tokenizer_init": True}
+    with pytest.raises(OptionError) as caught:
+        configured(orthorank={"ratio": 0.2}, **options)
+    assert str(caught.value).startswith("--orthorank-ratio 0.2: not allowed, with --skip-tokenizer")
+    assert "give --orthorank-profile or --orthorank-layers" in str(caught.value)
+    for enough in ({"layers": [3]}, {"ratio": 0.1, "calibrate_seconds": 0}):
+        assert configured(orthorank=enough, **options).additional_config["orthorank"]["layers"]
 
 
 def test_an_unsupported_model_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
