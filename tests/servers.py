@@ -8,11 +8,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -26,6 +27,16 @@ class Server:
     process: subprocess.Popen[bytes]
     url: str
     log: Path
+
+    def counts_file(self) -> Path:
+        """The file that the worker writes its counts to: one that some child has open."""
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            for descriptor in Path(f"/proc/{child.pid}/fd").iterdir():
+                with suppress(FileNotFoundError):
+                    opened = descriptor.readlink()
+                    if opened.parent.name.startswith("orthorank-metrics-") and opened.suffix:
+                        return opened
+        pytest.fail("no process has a file of counts open")
 
     @property
     def client(self) -> openai.OpenAI:

@@ -1,7 +1,7 @@
 """Log lines that do not repeat themselves."""
 
 import logging
-import time
+from time import monotonic
 
 # vLLM shows the log lines of its own namespace only.
 logger = logging.getLogger("vllm.orthorank")
@@ -23,7 +23,7 @@ class Complaints:
             cause: what is the same each time.
             text, values: as `logging` takes them.
         """
-        now = time.monotonic()
+        now = monotonic()
         if now - self._told.get(cause, -SECONDS) < SECONDS:
             return
         if len(self._told) >= _MOST:

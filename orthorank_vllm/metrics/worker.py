@@ -92,6 +92,10 @@ class WorkerMetrics:
             gauge(names.RATIO_ASKED, config.ratio_asked)
         self._counts.publish()
 
+    def look_after(self) -> None:
+        """Make the file of the counts anew if it is lost, as happens every few seconds anyway."""
+        self._counts.look_after()
+
     def count_step(self, path: str, seconds: float) -> None:
         """Any step: the time of its forward."""
         self._step_seconds[path].observe(seconds)

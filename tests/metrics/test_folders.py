@@ -1,0 +1,204 @@
+"""Where the folder is made, whatever the temporary folder is like, and when it is removed."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client import REGISTRY
+
+from orthorank_vllm.metrics import folder
+from orthorank_vllm.metrics.folders import make_shared, places
+from tests.conftest import ROOT
+from tests.metrics.test_faults import LABELS, count, fill, small_disk, worker
+
+__all__ = ["small_disk"]
+
+IS_ROOT = os.geteuid() == 0
+# A server that has made its folder, and a worker that outlives it or not.
+HOLDING = """
+import sys, time
+from orthorank_vllm.metrics.folders import make_shared
+path, lock, problems = make_shared([sys.argv[1]])
+print(path, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(folder, "_collector", None)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    yield
+    if folder._collector is not None:
+        REGISTRY.unregister(folder._collector)
+
+
+def holding(place: Path) -> tuple[subprocess.Popen[str], Path]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, place], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout is not None
+    return process, Path(process.stdout.readline().strip())
+
+
+def up() -> float | None:
+    return REGISTRY.get_sample_value("orthorank_up", {"model_name": "m"})
+
+
+def test_memory_comes_first_and_then_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", os.fspath(tmp_path))
+    assert list(places("cache")) == ["/dev/shm", os.fspath(tmp_path), "cache"]
+
+
+def test_a_temporary_folder_that_is_not_there_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", os.fspath(tmp_path / "not there"))
+    assert list(places("cache")) == ["/dev/shm", "/tmp", "cache"]
+
+
+def test_where_no_folder_is_temporary_the_cache_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Break seen: the server ended, as `tempfile` raises then."""
+
+    def none() -> None:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    assert list(places("cache")) == ["/dev/shm", "cache"]
+
+
+def test_a_full_place_is_passed_over(small_disk: Path, tmp_path: Path) -> None:
+    """Break seen: an empty folder can be made there, and no worker finds room."""
+    fill(small_disk)
+    path, lock, problems = make_shared([os.fspath(small_disk), os.fspath(tmp_path / "cache")])
+    assert Path(path).parent == tmp_path / "cache"
+    assert lock is not None
+    assert problems == [f"{small_disk}: No space left on device"]
+    assert [left.name for left in small_disk.iterdir()] == ["filler"]
+
+
+def test_a_place_that_cannot_be_written_to_is_passed_over(small_disk: Path, tmp_path: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    path, _, problems = make_shared([os.fspath(small_disk), os.fspath(tmp_path)])
+    assert Path(path).parent == tmp_path
+    assert problems == [f"{small_disk}: Read-only file system"]
+
+
+def test_with_no_place_at_all_the_server_starts_and_tells_the_counts_once_there_is_one(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "places", lambda _: [os.fspath(small_disk)])
+    fill(small_disk)
+    folder.prepare_server("m", "cache")
+    working = worker()
+    count(working)
+    assert up() == 0
+    (small_disk / "filler").unlink()
+    working.look_after()
+    assert up() == 1
+    assert REGISTRY.get_sample_value("orthorank_prefill_tokens_total", LABELS) == 10
+
+
+def test_what_a_killed_server_left_is_removed_by_the_next_start(tmp_path: Path) -> None:
+    process, left = holding(tmp_path)
+    (left / "orthorank-1-0.db").touch()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert left.exists()
+    made, _, _ = make_shared([os.fspath(tmp_path)])
+    assert [os.fspath(path) for path in tmp_path.iterdir()] == [made]
+
+
+def test_what_a_living_server_uses_is_not_removed(tmp_path: Path) -> None:
+    """Break seen: removed by its age."""
+    process, used = holding(tmp_path)
+    make_shared([os.fspath(tmp_path)])
+    assert used.exists()
+    process.kill()
+    process.wait()
+
+
+def test_what_a_living_worker_uses_is_not_removed_though_its_server_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, used = holding(tmp_path)
+    monkeypatch.setenv(folder.FOLDER_VARIABLE, os.fspath(used))
+    working = worker()
+    process.kill()
+    process.wait()
+    make_shared([os.fspath(tmp_path)])
+    assert used.exists()
+    del working
+    make_shared([os.fspath(tmp_path)])
+    assert not used.exists()
+
+
+def test_another_process_namespace_is_no_reason_to_remove(tmp_path: Path) -> None:
+    """As of two containers on one temporary folder, where each process id has two meanings."""
+    if not IS_ROOT:
+        pytest.skip("only root can make a namespace of processes")
+    process, used = holding(tmp_path)
+    code = "import sys; from orthorank_vllm.metrics.folders import *; make_shared([sys.argv[1]])"
+    elsewhere = ["unshare", "--pid", "--fork", sys.executable, "-c", code, os.fspath(tmp_path)]
+    subprocess.run(elsewhere, check=True, cwd=ROOT)
+    assert used.exists()
+    process.kill()
+    process.wait()
+    subprocess.run(elsewhere, check=True, cwd=ROOT)
+    assert not used.exists()
+
+
+def test_other_folders_with_such_a_name_stay(tmp_path: Path) -> None:
+    """An earlier version's, which nobody locks, a file's, and a link's."""
+    (tmp_path / "orthorank-metrics-abc").mkdir()
+    (tmp_path / "orthorank-metrics-a.flock").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "orthorank-metrics-b.flock").symlink_to("elsewhere")
+    before = set(tmp_path.iterdir())
+    make_shared([os.fspath(tmp_path)])
+    assert before < set(tmp_path.iterdir())
+
+
+def test_another_users_folder_stays(tmp_path: Path) -> None:
+    if not IS_ROOT:
+        pytest.skip("only root can give a folder to another user")
+    process, left = holding(tmp_path)
+    process.kill()
+    process.wait()
+    os.chown(left, 12345, 12345)
+    make_shared([os.fspath(tmp_path)])
+    assert left.exists()
+
+
+def test_the_folder_is_removed_when_the_server_ends(tmp_path: Path) -> None:
+    code = """
+import sys
+from orthorank_vllm.metrics import folder
+folder.places = lambda _: [sys.argv[1]]
+folder.prepare_server("m", "")
+print(*folder.os.listdir(sys.argv[1]))
+"""
+    command = [sys.executable, "-c", code, os.fspath(tmp_path)]
+    ended = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout.startswith("orthorank-metrics-")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_removed_under_a_running_worker_is_locked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _, _ = make_shared([os.fspath(tmp_path)])
+    monkeypatch.setenv(folder.FOLDER_VARIABLE, path)
+    working = worker()
+    shutil.rmtree(path)
+    working.look_after()
+    make_shared([os.fspath(tmp_path)])
+    assert list(Path(path).glob("*.db"))
