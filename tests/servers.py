@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import openai
-import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -30,8 +29,8 @@ class Server:
 
     def counts_file(self) -> Path:
         """The file that the worker writes its counts to: one that some child has open."""
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            for descriptor in Path(f"/proc/{child.pid}/fd").iterdir():
+        for child in _children(self.process.pid):
+            for descriptor in Path(f"/proc/{child}/fd").iterdir():
                 with suppress(FileNotFoundError):
                     opened = descriptor.readlink()
                     if opened.parent.name.startswith("orthorank-metrics-") and opened.suffix:
@@ -64,6 +63,13 @@ class Server:
         found = [value for given, value in self.samples(name) if given == labels]
         assert len(found) == 1, f"{name} {labels} is {len(found)} times on /metrics"
         return found[0]
+
+
+def _children(process: int) -> Iterator[int]:
+    for thread in Path(f"/proc/{process}/task").iterdir():
+        for child in map(int, (thread / "children").read_text().split()):
+            yield child
+            yield from _children(child)
 
 
 @contextmanager
