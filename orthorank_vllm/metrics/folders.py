@@ -39,11 +39,13 @@ def make_shared(places: Iterable[str]) -> tuple[str, int | None, list[str]]:
     """
     problems: list[str] = []
     paths: list[str] = []
+    places = list(places)
+    for place in places:
+        _remove_leftovers(place)
     for place in places:
         paths.append(os.path.join(place, f"{PREFIX}{os.urandom(8).hex()}{SUFFIX}"))
         try:
             os.makedirs(place, exist_ok=True)
-            _remove_leftovers(place)
             return paths[-1], _with_room(paths[-1]), problems
         except OSError as error:
             problems.append(f"{place}: {error.strerror}")

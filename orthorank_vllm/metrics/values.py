@@ -155,22 +155,31 @@ def _write_all(file: int, data: bytes) -> None:
 
 _kept: "weakref.WeakSet[Counts]" = weakref.WeakSet()
 _keeper: threading.Thread | None = None
+_keeping = threading.Lock()
 
 
 def _keep(counts: Counts) -> None:
     global _keeper
-    _kept.add(counts)
-    # A fork has no threads but its own.
-    if _keeper is None or not _keeper.is_alive():
-        _keeper = threading.Thread(target=_look_after_all, name="orthorank-metrics", daemon=True)
-        _keeper.start()
+    with _keeping:
+        _kept.add(counts)
+        # A fork has no threads but its own.
+        if _keeper is None or not _keeper.is_alive():
+            name = "orthorank-metrics"
+            _keeper = threading.Thread(target=_look_after_all, name=name, daemon=True)
+            _keeper.start()
 
 
 def _look_after_all() -> None:
     while True:
         time.sleep(CHECK_SECONDS)
-        for counts in list(_kept):
-            counts.look_after()
+        _look_after_each()
+
+
+def _look_after_each() -> None:
+    with _keeping:
+        kept = list(_kept)
+    for counts in kept:
+        counts.look_after()
 
 
 class Counter:
