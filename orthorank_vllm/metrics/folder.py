@@ -19,8 +19,8 @@ from prometheus_client.core import GaugeMetricFamily
 
 from orthorank_vllm.metrics import layout, names
 from orthorank_vllm.metrics.complaints import Complaints, logger
-from orthorank_vllm.metrics.folders import make_shared, open_own, places
 from orthorank_vllm.metrics.merging import merged
+from orthorank_vllm.metrics.shared_folders import make_shared, open_own, places
 
 FOLDER_VARIABLE = "ORTHORANK_METRICS_DIR"
 SHARED_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from orthorank_vllm.metrics import layout
 from orthorank_vllm.metrics.complaints import Complaints
-from orthorank_vllm.metrics.folders import open_shared
+from orthorank_vllm.metrics.shared_folders import open_shared
 
 # How often the file is looked after, beside the steps.
 CHECK_SECONDS = 5.0

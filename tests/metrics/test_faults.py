@@ -97,7 +97,7 @@ def empty(file: Path) -> None:
 
 
 def cut(file: Path) -> None:
-    os.truncate(file, file.stat().st_size - 1)
+    os.truncate(file, file.stat().st_size - 8)
 
 
 def cut_in_its_header(file: Path) -> None:
@@ -176,6 +176,25 @@ def test_the_other_workers_files_are_told(setting: Setting, fault: Fault) -> Non
     assert setting.up == (1 if fault is remove else 0)
     assert setting.told("0") is None
     assert setting.told("1") == 10
+
+
+@each_of([*BREAKS, remove_the_folder])
+def test_a_server_without_requests_tells_its_counts_again(setting: Setting, fault: Fault) -> None:
+    working = worker()
+    count(working)
+    fault(setting.file)
+    working.look_after()
+    assert setting.told() == 10
+
+
+def test_a_copy_in_the_place_of_the_file_is_not_left_standing_still(setting: Setting) -> None:
+    """Break seen: a file of the right size taken for the one that is written to."""
+    working = worker()
+    copy = shutil.copy(setting.file, setting.path / "copy")
+    os.replace(copy, setting.file)
+    working.look_after()
+    count(working)
+    assert setting.told() == 10
 
 
 @each_of([*BREAKS, remove_the_folder])

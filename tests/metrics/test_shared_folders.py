@@ -7,13 +7,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY
 
 from orthorank_vllm.metrics import folder
-from orthorank_vllm.metrics.folders import make_shared, places
+from orthorank_vllm.metrics.shared_folders import make_shared, places
 from tests.conftest import ROOT
 from tests.metrics.test_faults import LABELS, count, fill, small_disk, worker
 
@@ -23,7 +24,7 @@ IS_ROOT = os.geteuid() == 0
 # A server that has made its folder, and a worker that outlives it or not.
 HOLDING = """
 import sys, time
-from orthorank_vllm.metrics.folders import make_shared
+from orthorank_vllm.metrics.shared_folders import make_shared
 path, lock, problems = make_shared([sys.argv[1]])
 print(path, flush=True)
 time.sleep(600)
@@ -31,8 +32,9 @@ time.sleep(600)
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(folder, "_collector", None)
+    # It is remembered, as by `tmp_path`.
     monkeypatch.setattr(tempfile, "tempdir", None)
     yield
     if folder._collector is not None:
@@ -92,6 +94,46 @@ def test_a_place_that_cannot_be_written_to_is_passed_over(small_disk: Path, tmp_
     assert problems == [f"{small_disk}: Read-only file system"]
 
 
+@contextmanager
+def unprivileged() -> Iterator[Path]:
+    """As a user whom permissions bind; gives a folder of theirs, below one that anyone may see."""
+    above = Path(tempfile.mkdtemp(dir="/tmp"))
+    own = above / "own"
+    own.mkdir()
+    if IS_ROOT:
+        above.chmod(0o755)
+        os.chown(own, 12345, 12345)
+        os.seteuid(12345)
+    try:
+        yield own
+    finally:
+        os.seteuid(os.getuid())
+        shutil.rmtree(above)
+
+
+def test_a_place_without_permission_is_passed_over() -> None:
+    with unprivileged() as own:
+        (own / "closed").mkdir(mode=0o500)
+        path, _, problems = make_shared([os.fspath(own / "closed"), os.fspath(own / "open")])
+        assert Path(path).parent == own / "open"
+        assert problems == [f"{own}/closed: Permission denied"]
+
+
+def test_a_permission_that_is_lost_costs_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    with unprivileged() as own:
+        monkeypatch.setattr(folder, "places", lambda _: [os.fspath(own)])
+        folder.prepare_server("m", "cache")
+        working = worker()
+        Path(os.environ[folder.FOLDER_VARIABLE]).chmod(0)
+        count(working)
+        working.look_after()
+        assert up() == 0
+        Path(os.environ[folder.FOLDER_VARIABLE]).chmod(0o700)
+        working.look_after()
+        assert up() == 1
+        assert REGISTRY.get_sample_value("orthorank_prefill_tokens_total", LABELS) == 10
+
+
 def test_with_no_place_at_all_the_server_starts_and_tells_the_counts_once_there_is_one(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,7 +188,7 @@ def test_another_process_namespace_is_no_reason_to_remove(tmp_path: Path) -> Non
     if not IS_ROOT:
         pytest.skip("only root can make a namespace of processes")
     process, used = holding(tmp_path)
-    code = "import sys; from orthorank_vllm.metrics.folders import *; make_shared([sys.argv[1]])"
+    code = "import sys; from orthorank_vllm.metrics.shared_folders import *; make_shared([sys.argv[1]])"
     elsewhere = ["unshare", "--pid", "--fork", sys.executable, "-c", code, os.fspath(tmp_path)]
     subprocess.run(elsewhere, check=True, cwd=ROOT)
     assert used.exists()
