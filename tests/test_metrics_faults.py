@@ -2,15 +2,15 @@
 
 import json
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from orthorank_vllm.cli import main
+from tests.metrics.breaks import Fault, cut, empty, overwrite, remove_the_folder
 from tests.models import write_random
 from tests.servers import API_KEY, NAME, Server, serving
 
@@ -58,28 +58,12 @@ def complaints(server: Server) -> int:
     return server.log.read_text().count("(orthorank_up 0)")
 
 
-def empty(file: Path) -> None:
-    os.truncate(file, 0)
-
-
-def cut(file: Path) -> None:
-    os.truncate(file, file.stat().st_size - 1)
-
-
-def overwrite(file: Path) -> None:
-    file.write_bytes(bytes(range(256)) * 200)
-
-
 def put_an_empty_one_beside_it(file: Path) -> None:
     file.with_name("counter_orthorank-1-0.db").touch()
 
 
 def put_a_folder_beside_it(file: Path) -> None:
     file.with_name("counter_orthorank-2-0.db").mkdir()
-
-
-def remove_the_folder(file: Path) -> None:
-    shutil.rmtree(file.parent)
 
 
 def test_the_server_starts_where_tmpdir_is_not_there(server: Server) -> None:
@@ -104,7 +88,7 @@ def test_the_doctor_finds_a_server_behind_a_prefix_well(
     ids=lambda fault: fault.__name__,
 )
 def test_vllms_metrics_stay_and_no_count_is_lost(
-    server: Server, capsys: pytest.CaptureFixture[str], fault: Callable[[Path], object]
+    server: Server, capsys: pytest.CaptureFixture[str], fault: Fault
 ) -> None:
     """Break seen: a mapped file, with which the engine died, and prometheus-client's reader."""
     before = up_again(server)

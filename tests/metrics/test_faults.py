@@ -15,11 +15,22 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 
 from orthorank_vllm.metrics import complaints, folder, values
 from orthorank_vllm.metrics.worker import WorkerMetrics
+from tests.metrics.breaks import (
+    Fault,
+    cut,
+    cut_in_its_header,
+    empty,
+    overwrite,
+    overwrite_its_head,
+    remove,
+    remove_the_folder,
+    replace_by_a_folder,
+    replace_by_a_link,
+    replace_by_a_pipe,
+)
 
 LABELS = {"model_name": "m", "engine": "0"}
 IS_ROOT = os.geteuid() == 0
-
-Fault = Callable[[Path], object]
 
 
 @pytest.fixture
@@ -90,50 +101,6 @@ def fill(disk: Path) -> None:
     with suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
         while file.write(bytes(512)):
             pass
-
-
-def empty(file: Path) -> None:
-    os.truncate(file, 0)
-
-
-def cut(file: Path) -> None:
-    os.truncate(file, file.stat().st_size - 8)
-
-
-def cut_in_its_header(file: Path) -> None:
-    os.truncate(file, 100)
-
-
-def overwrite(file: Path) -> None:
-    file.write_bytes(bytes(range(256)) * 200)
-
-
-def overwrite_its_head(file: Path) -> None:
-    with file.open("r+b") as opened:
-        opened.write(b"garbage")
-
-
-def replace_by_a_folder(file: Path) -> None:
-    file.unlink()
-    (file / "below").mkdir(parents=True)
-
-
-def replace_by_a_pipe(file: Path) -> None:
-    file.unlink()
-    os.mkfifo(file)
-
-
-def replace_by_a_link(file: Path) -> None:
-    file.rename(file.with_name("moved"))
-    file.symlink_to("moved")
-
-
-def remove(file: Path) -> None:
-    file.unlink()
-
-
-def remove_the_folder(file: Path) -> None:
-    shutil.rmtree(file.parent)
 
 
 BREAKS = [empty, cut, cut_in_its_header, overwrite, overwrite_its_head, replace_by_a_folder]

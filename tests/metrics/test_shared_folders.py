@@ -188,7 +188,8 @@ def test_another_process_namespace_is_no_reason_to_remove(tmp_path: Path) -> Non
     if not IS_ROOT:
         pytest.skip("only root can make a namespace of processes")
     process, used = holding(tmp_path)
-    code = "import sys; from orthorank_vllm.metrics.shared_folders import *; make_shared([sys.argv[1]])"
+    module = "orthorank_vllm.metrics.shared_folders"
+    code = f"import sys; from {module} import make_shared; make_shared([sys.argv[1]])"
     elsewhere = ["unshare", "--pid", "--fork", sys.executable, "-c", code, os.fspath(tmp_path)]
     subprocess.run(elsewhere, check=True, cwd=ROOT)
     assert used.exists()
