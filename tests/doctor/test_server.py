@@ -177,7 +177,7 @@ def test_the_endpoint_is_looked_at(
     assert checks["GET /orthorank"]["state"] == state
 
 
-@pytest.mark.parametrize("page", [403, "<html>Welcome</html>"])
+@pytest.mark.parametrize("page", [403, 500, "<html>Welcome</html>"])
 def test_a_page_that_is_not_vllms_metrics_fails(
     shared: Path, capsys: pytest.CaptureFixture[str], page: str | int
 ) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,6 @@ from tests.metrics.test_faults import LABELS, count, fill, small_disk, worker
 __all__ = ["small_disk"]
 
 IS_ROOT = os.geteuid() == 0
-# A server that has made its folder, and a worker that outlives it or not.
 HOLDING = """
 import sys, time
 from orthorank_vllm.metrics.shared_folders import make_shared
@@ -41,12 +39,26 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         REGISTRY.unregister(folder._collector)
 
 
-def holding(place: Path) -> tuple[subprocess.Popen[str], Path]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDING, place], stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    assert process.stdout is not None
-    return process, Path(process.stdout.readline().strip())
+class Holder:
+    """A server that has made its folder in a place, until it is killed."""
+
+    def __init__(self, place: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", HOLDING, place], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        assert self._process.stdout is not None
+        self.folder = Path(self._process.stdout.readline().strip())
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[Holder]:
+    made = Holder(tmp_path)
+    yield made
+    made.kill()
 
 
 def up() -> float | None:
@@ -149,54 +161,47 @@ def test_with_no_place_at_all_the_server_starts_and_tells_the_counts_once_there_
     assert REGISTRY.get_sample_value("orthorank_prefill_tokens_total", LABELS) == 10
 
 
-def test_what_a_killed_server_left_is_removed_by_the_next_start(tmp_path: Path) -> None:
-    process, left = holding(tmp_path)
-    (left / "orthorank-1-0.db").touch()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert left.exists()
+def test_what_a_killed_server_left_is_removed_by_the_next_start(
+    tmp_path: Path, holder: Holder
+) -> None:
+    (holder.folder / "orthorank-1-0.db").touch()
+    holder.kill()
+    assert holder.folder.exists()
     made, _, _ = make_shared([os.fspath(tmp_path)])
     assert [os.fspath(path) for path in tmp_path.iterdir()] == [made]
 
 
-def test_what_a_living_server_uses_is_not_removed(tmp_path: Path) -> None:
+def test_what_a_living_server_uses_is_not_removed(tmp_path: Path, holder: Holder) -> None:
     """Break seen: removed by its age."""
-    process, used = holding(tmp_path)
     make_shared([os.fspath(tmp_path)])
-    assert used.exists()
-    process.kill()
-    process.wait()
+    assert holder.folder.exists()
 
 
 def test_what_a_living_worker_uses_is_not_removed_though_its_server_is_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, holder: Holder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process, used = holding(tmp_path)
-    monkeypatch.setenv(folder.FOLDER_VARIABLE, os.fspath(used))
+    monkeypatch.setenv(folder.FOLDER_VARIABLE, os.fspath(holder.folder))
     working = worker()
-    process.kill()
-    process.wait()
+    holder.kill()
     make_shared([os.fspath(tmp_path)])
-    assert used.exists()
+    assert holder.folder.exists()
     del working
     make_shared([os.fspath(tmp_path)])
-    assert not used.exists()
+    assert not holder.folder.exists()
 
 
-def test_another_process_namespace_is_no_reason_to_remove(tmp_path: Path) -> None:
+def test_another_process_namespace_is_no_reason_to_remove(tmp_path: Path, holder: Holder) -> None:
     """As of two containers on one temporary folder, where each process id has two meanings."""
     if not IS_ROOT:
         pytest.skip("only root can make a namespace of processes")
-    process, used = holding(tmp_path)
     module = "orthorank_vllm.metrics.shared_folders"
     code = f"import sys; from {module} import make_shared; make_shared([sys.argv[1]])"
     elsewhere = ["unshare", "--pid", "--fork", sys.executable, "-c", code, os.fspath(tmp_path)]
     subprocess.run(elsewhere, check=True, cwd=ROOT)
-    assert used.exists()
-    process.kill()
-    process.wait()
+    assert holder.folder.exists()
+    holder.kill()
     subprocess.run(elsewhere, check=True, cwd=ROOT)
-    assert not used.exists()
+    assert not holder.folder.exists()
 
 
 def test_other_folders_with_such_a_name_stay(tmp_path: Path) -> None:
@@ -210,15 +215,13 @@ def test_other_folders_with_such_a_name_stay(tmp_path: Path) -> None:
     assert before < set(tmp_path.iterdir())
 
 
-def test_another_users_folder_stays(tmp_path: Path) -> None:
+def test_another_users_folder_stays(tmp_path: Path, holder: Holder) -> None:
     if not IS_ROOT:
         pytest.skip("only root can give a folder to another user")
-    process, left = holding(tmp_path)
-    process.kill()
-    process.wait()
-    os.chown(left, 12345, 12345)
+    holder.kill()
+    os.chown(holder.folder, 12345, 12345)
     make_shared([os.fspath(tmp_path)])
-    assert left.exists()
+    assert holder.folder.exists()
 
 
 def test_the_folder_is_removed_when_the_server_ends(tmp_path: Path) -> None:
