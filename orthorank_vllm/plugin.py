@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 from orthorank_vllm.engine.architectures import ORTHORANK_OF
 from orthorank_vllm.options import OptionError
 
-# Every name in vLLM that is imported, called, subclassed or wrapped, as module:attributes.
+# Every name in vLLM, and one beside it, that is imported, called, subclassed or wrapped, as
+# module:attributes.
 SEAMS = (
     "vllm.engine.arg_utils:EngineArgs.add_cli_args",
     "vllm.engine.arg_utils:EngineArgs.from_cli_args",
@@ -31,6 +32,7 @@ SEAMS = (
     "vllm.logger:init_logger",
     "vllm.envs:VLLM_CACHE_ROOT",
     "vllm.envs:VLLM_API_KEY",
+    "prometheus_client.multiprocess:MultiProcessCollector.collect",
 )
 WORKER_SEAMS = (
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward",
@@ -91,6 +93,7 @@ def register() -> None:
     _read_lists()
     _configure_engine()
     _calibrate_at_start()
+    _show_metrics_of_several_servers()
     _register_architectures()
     _registered = True
 
@@ -233,6 +236,23 @@ def _calibrate_at_start() -> None:
             choose_layers(self, vllm_config)
 
     Executor.__init__ = __init__
+
+
+def _show_metrics_of_several_servers() -> None:
+    # Why: with PROMETHEUS_MULTIPROC_DIR, /metrics is made from a new registry at each scrape that
+    # has this one collector; our counts are not in its folder, where a broken file ends them all.
+    # Breaks on: a /metrics that reads that folder without prometheus-client's collector.
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    from orthorank_vllm.metrics.folder import beside_vllms
+
+    original = MultiProcessCollector.collect
+
+    @functools.wraps(original)
+    def collect(self: Any) -> Any:
+        return beside_vllms(getattr(self, "_path", None), original(self))
+
+    MultiProcessCollector.collect = collect  # type: ignore[method-assign]
 
 
 def _register_architectures() -> None:

@@ -8,7 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,16 @@ class Server:
     process: subprocess.Popen[bytes]
     url: str
     log: Path
+
+    def counts_file(self) -> Path:
+        """The file that the worker writes its counts to: one that some child has open."""
+        for child in _children(self.process.pid):
+            for descriptor in Path(f"/proc/{child}/fd").iterdir():
+                with suppress(FileNotFoundError):
+                    opened = descriptor.readlink()
+                    if opened.parent.name.startswith("orthorank-metrics-") and opened.suffix:
+                        return opened
+        pytest.fail("no process has a file of counts open")
 
     @property
     def client(self) -> openai.OpenAI:
@@ -53,6 +63,13 @@ class Server:
         found = [value for given, value in self.samples(name) if given == labels]
         assert len(found) == 1, f"{name} {labels} is {len(found)} times on /metrics"
         return found[0]
+
+
+def _children(process: int) -> Iterator[int]:
+    for thread in Path(f"/proc/{process}/task").iterdir():
+        for child in map(int, (thread / "children").read_text().split()):
+            yield child
+            yield from _children(child)
 
 
 @contextmanager

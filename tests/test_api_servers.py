@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from http.client import HTTPConnection
 from urllib.parse import urlsplit
@@ -29,6 +30,21 @@ def server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     options += ["--api-server-count", "2", "--enforce-eager", "--no-enable-prefix-caching"]
     with serving(model_path, folder, *options, PROMETHEUS_MULTIPROC_DIR=str(shared)) as running:
         yield running
+
+
+def test_a_broken_file_of_ours_takes_nothing_down(server: Server) -> None:
+    """Break seen: it lay in the folder that vLLM's own metrics are read from."""
+    file = server.counts_file()
+    os.truncate(file, 0)
+    assert server.metric("vllm:num_requests_running") == 0
+    assert " 0.0" in next(
+        line for line in server.get("/metrics").splitlines() if line.startswith("orthorank_up{")
+    )
+    deadline = time.monotonic() + 15
+    while file.stat().st_size == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert server.metric("orthorank_active") == 1
 
 
 def told_by_one(server: Server) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from orthorank_vllm import __version__
 from orthorank_vllm.doctor.check import Check, failed, ok, warning
-from orthorank_vllm.metrics.status import EngineStatus, engines_of
+from orthorank_vllm.metrics.status import EngineStatus, engines_of, is_up
 from orthorank_vllm.options import OptionError
 
 TIMEOUT = 10.0
@@ -69,21 +69,27 @@ def checks(client: Client) -> Iterator[Check]:
         )
         return
     if health != 200:
-        yield failed("server", f"/health answers {health}", "Look at the server's log")
+        yield failed("server", f"/health answers {health}", _mend_of_health(health))
         return
     yield ok("server", f"{client.url} is healthy")
     if found != 200:
-        yield failed(
-            "metrics",
-            f"/metrics answers {found}",
-            "Give the URL of vLLM's own server, and --api-key if what stands before it wants one",
-        )
+        yield failed("metrics", f"/metrics answers {found}", _mend_of_metrics(found))
         return
     try:
-        engines = engines_of(text_string_to_metric_families(metrics))
+        families = list(text_string_to_metric_families(metrics))
+        engines = engines_of(families)
     except (ValueError, KeyError) as error:
         yield failed("metrics", f"/metrics is not vLLM's ({error})", "Give vLLM's own URL")
         return
+    if not is_up(families):
+        yield failed(
+            "metrics",
+            "broken: orthorank_up is 0, so counts of OrthoRank's are missing",
+            "The server's log says which file or folder it is, in a line with orthorank_up: make "
+            "room there, or mend its permissions; the workers write it anew within seconds",
+        )
+        if not engines:
+            return
     if not any(engine.active for engine in engines):
         yield failed(
             "OrthoRank",
@@ -94,6 +100,21 @@ def checks(client: Client) -> Iterator[Check]:
     for engine in engines:
         yield from _engine(engine, is_only_one=len(engines) == 1)
     yield _endpoint(endpoint, told)
+
+
+def _mend_of_health(status: int) -> str:
+    if status == 404:
+        return (
+            "Give the URL under which vLLM's own /health is: before a proxy, with the proxy's "
+            "path prefix, as http://127.0.0.1:8000/prefix"
+        )
+    return "Look at the server's log"
+
+
+def _mend_of_metrics(status: int) -> str:
+    if status < 500:
+        return "Give the URL of vLLM's own server, and --api-key if what stands before it wants one"
+    return "Look at the server's log; if PROMETHEUS_MULTIPROC_DIR is set, empty it and start again"
 
 
 def _engine(engine: EngineStatus, is_only_one: bool) -> Iterator[Check]:
@@ -108,12 +129,6 @@ def _engine(engine: EngineStatus, is_only_one: bool) -> Iterator[Check]:
             f"version{of}",
             f"the server has {engine.version}, this command {__version__}",
             "Use the same",
-        )
-    if engine.configurations > 1:
-        yield warning(
-            f"configuration{of}",
-            f"{engine.configurations} are told, as of earlier runs",
-            "Empty the folder PROMETHEUS_MULTIPROC_DIR before each start, as vLLM demands",
         )
     yield _layers(f"layers{of}", engine)
     yield _ratio(f"ratio{of}", engine)
@@ -140,9 +155,8 @@ def _ratio(what: str, engine: EngineStatus) -> Check:
         return ok(what, f"{found}nothing yet: no prompt was served")
     found += f"{engine.ratio_reached:.3f} in {engine.prefill_tokens} prompt tokens"
     if engine.ratio_reached < (1 - FAR_FROM_CONFIGURED) * configured:
-        return warning(
-            what, found, "Prompts or their chunks are short; OrthoRank is for long prompts"
-        )
+        # What prompts there are is not the server's fault, and they are served right.
+        found += ": prompts, or their chunks, are short, and OrthoRank is for long ones"
     return ok(what, found)
 
 

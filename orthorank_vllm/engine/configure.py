@@ -48,7 +48,7 @@ def configure(
         **vllm_config.additional_config,
         "orthorank": config.as_dict(),
     }
-    prepare_server()
+    prepare_server(str(vllm_config.model_config.served_model_name), envs.VLLM_CACHE_ROOT)
     _hand_on_to_ray(FOLDER_VARIABLE)
     return vllm_config
 

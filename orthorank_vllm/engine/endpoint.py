@@ -15,7 +15,7 @@ from vllm import envs
 
 from orthorank_vllm import __version__
 from orthorank_vllm.metrics.folder import orthorank_metrics
-from orthorank_vllm.metrics.status import as_json, engines_of
+from orthorank_vllm.metrics.status import as_json, engines_of, is_up
 
 PATH = "/orthorank"
 
@@ -67,9 +67,11 @@ def is_allowed(authorization: str | None, api_keys: Sequence[str]) -> bool:
 
 def status() -> dict[str, Any]:
     """The route's answer."""
-    engines = engines_of(orthorank_metrics())
+    metrics = orthorank_metrics()
+    engines = engines_of(metrics)
     return {
         "active": any(engine.active for engine in engines),
+        "metrics_up": is_up(metrics),
         "versions": {"orthorank-vllm": __version__, "vllm": version("vllm")},
         "engines": [as_json(engine) for engine in engines],
     }

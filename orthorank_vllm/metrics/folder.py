@@ -1,70 +1,161 @@
 """The folder through which metrics cross from the workers to `/metrics`.
 
-The workers count, and may be other processes than the one that answers
-`/metrics`. Their counts cross in prometheus-client's own multiprocess files: a
-worker writes them (a memory-mapped page, no lock, no call), the server reads
-them when it is scraped. If PROMETHEUS_MULTIPROC_DIR is set (by the user, or by
-vLLM for several API servers) the files go there and vLLM's own `/metrics`
-merges them. If not, the server makes a folder of its own before it starts the
-engine, names it in ORTHORANK_METRICS_DIR, which every child process inherits,
-and a collector in its registry reads it. vLLM's metrics stay as they are in
-both cases.
+The workers count, and may be other processes than the one that answers `/metrics`. Each writes its
+counts to a file (`layout`), and the server reads them all when it is scraped. The server makes the
+folder before it starts the engine and names it in ORTHORANK_METRICS_DIR, which every child process
+inherits; several API servers share their parent's. It is never PROMETHEUS_MULTIPROC_DIR, where one
+broken file would take all of vLLM's metrics down. Whatever is wrong with the folder, vLLM's metrics
+are served, `orthorank_up` is 0, and the log says why.
 """
 
+import multiprocessing
 import os
-import tempfile
+import shutil
+import weakref
 from collections.abc import Iterable
 
 from prometheus_client import REGISTRY, Metric
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.core import GaugeMetricFamily
+
+from orthorank_vllm.metrics import layout, names
+from orthorank_vllm.metrics.complaints import Complaints, logger
+from orthorank_vllm.metrics.merging import merged
+from orthorank_vllm.metrics.shared_folders import make_shared, open_own, places
 
 FOLDER_VARIABLE = "ORTHORANK_METRICS_DIR"
 SHARED_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 
-class _FolderCollector:
-    """Reads the workers' files whenever the registry is scraped."""
+class FolderCollector:
+    """Reads the workers' files whenever the registry is scraped.
 
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="orthorank-metrics-")
-        self._owner = os.getpid()
+    Attributes:
+        model_names: whose counts are to be expected.
+    """
 
-    def publish(self) -> None:
-        """Name the folder to the processes that will be started."""
-        os.environ[FOLDER_VARIABLE] = self._folder.name
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.model_names: set[str] = set()
+        self._process = os.getpid()
+        self._complaints = Complaints()
 
-    def collect(self) -> Iterable[Metric]:
-        if os.getpid() != self._owner:
+    def describe(self) -> list[Metric]:
+        """Nothing: else the registry would collect before there is anything."""
+        return []
+
+    def collect(self) -> list[Metric]:
+        """The metrics that could be read, and `orthorank_up`: whether that was all of them."""
+        if os.getpid() != self._process:
             return []  # a fork's copy of the registry
-        return _metrics_in(self._folder.name)
+        found: list[Metric] = []
+        try:
+            found, problems = _read(self.path)
+        except Exception as error:  # nothing of ours may take vLLM's metrics down
+            problems = [f"{type(error).__name__}: {error}"]
+        if problems:
+            self._complaints.warn(
+                problems[0],
+                "OrthoRank's metrics are not whole (orthorank_up 0), in %s: %s",
+                self.path,
+                "; ".join(problems[:3]),
+            )
+        is_up = GaugeMetricFamily(names.UP, names.HELP[names.UP], labels=["model_name"])
+        for model_name in sorted(self.model_names):
+            is_up.add_metric([model_name], float(not problems))
+        return [is_up, *found]
 
 
-_collector: _FolderCollector | None = None
+_collector: FolderCollector | None = None
 
 
-def prepare_server() -> None:
-    """Make the way from the workers to this process's registry, before they start."""
+def prepare_server(model_name: str, cache_root: str) -> None:
+    """Make the way from the workers to this process's registry, before they start.
+
+    Args:
+        model_name: as it is served.
+        cache_root: for the folder, where there is no better place.
+    """
     global _collector
-    if SHARED_FOLDER_VARIABLE in os.environ:
-        return
     if _collector is None:
-        _collector = _FolderCollector()
+        _collector = _inherited() or _with_new_folder(cache_root)
         REGISTRY.register(_collector)
-    _collector.publish()
+    _collector.model_names.add(model_name)
+    os.environ[FOLDER_VARIABLE] = _collector.path
 
 
 def metrics_folder() -> str | None:
     """Where this process's server and workers keep their counts; None if OrthoRank is off."""
-    return os.environ.get(SHARED_FOLDER_VARIABLE) or os.environ.get(FOLDER_VARIABLE)
+    return os.environ.get(FOLDER_VARIABLE)
 
 
 def orthorank_metrics() -> list[Metric]:
     """What the workers have counted so far; to be called in a process that serves HTTP."""
-    folder = metrics_folder()
-    found = _metrics_in(folder) if folder else []
-    return [metric for metric in found if metric.name.startswith("orthorank_")]
+    return [] if _collector is None else _collector.collect()
 
 
-def _metrics_in(folder: str) -> Iterable[Metric]:
-    collected: Iterable[Metric] = MultiProcessCollector(None, folder).collect()
-    return collected
+def beside_vllms(folder: str | None, metrics: Iterable[Metric]) -> list[Metric]:
+    """The metrics of PROMETHEUS_MULTIPROC_DIR, and OrthoRank's.
+
+    Args:
+        folder: whose metrics these are; another than vLLM's gets nothing added.
+    """
+    if _collector is None or folder != os.environ.get(SHARED_FOLDER_VARIABLE):
+        return list(metrics)
+    # An earlier version wrote ours there, and nobody may have emptied it.
+    vllms = [metric for metric in metrics if not metric.name.startswith("orthorank_")]
+    return [*vllms, *_collector.collect()]
+
+
+def _inherited() -> FolderCollector | None:
+    """That of several API servers, whose engines are their parent's."""
+    is_one_of_several = (
+        SHARED_FOLDER_VARIABLE in os.environ and multiprocessing.parent_process() is not None
+    )
+    path = os.environ.get(FOLDER_VARIABLE)
+    return FolderCollector(path) if is_one_of_several and path else None
+
+
+def _with_new_folder(cache_root: str) -> FolderCollector:
+    path, lock, problems = make_shared(places(cache_root))
+    collector = FolderCollector(path)
+    weakref.finalize(collector, _remove, path, lock, os.getpid())
+    if lock is None:
+        logger.warning(
+            "OrthoRank found no place for its metrics (%s): /metrics lacks them until there is one "
+            "at %s.",
+            "; ".join(problems),
+            path,
+        )
+    return collector
+
+
+def _remove(path: str, lock: int | None, process: int) -> None:
+    if os.getpid() != process:
+        return
+    shutil.rmtree(path, ignore_errors=True)
+    if lock is not None:
+        os.close(lock)
+
+
+def _read(path: str) -> tuple[list[Metric], list[str]]:
+    """What could be read, and what was wrong with the rest."""
+    try:
+        folder = open_own(path)
+    except OSError as error:
+        return [], [f"the folder cannot be read ({error.strerror})"]
+    files, problems = [], []
+    try:
+        for name in sorted(os.listdir(folder)):
+            if not name.endswith(layout.SUFFIX):
+                continue
+            try:
+                files.append(layout.read(folder, name))
+            except OSError as error:
+                problems.append(f"{name}: {error.strerror}")
+            except (ValueError, KeyError, TypeError) as error:
+                problems.append(f"{name}: {error}")
+    finally:
+        os.close(folder)
+    if not files and not problems:
+        problems.append("no worker has its counts there")
+    return merged(files), problems

@@ -3,6 +3,7 @@
 Without the `_total` that prometheus-client adds to a counter's name.
 """
 
+UP = "orthorank_up"
 ACTIVE = "orthorank_active"
 CONFIG_INFO = "orthorank_config_info"
 RATIO_ASKED = "orthorank_ratio_asked"
@@ -23,6 +24,7 @@ STEP_PREFILL_SECONDS = "orthorank_step_prefill_seconds"
 PLAN_SECONDS = "orthorank_plan_duration_seconds"
 
 HELP = {
+    UP: "1 if the counts of all workers could be read.",
     ACTIVE: "1 if the workers of this engine run OrthoRank.",
     CONFIG_INFO: "1; what is run stands in the labels.",
     RATIO_ASKED: "The ratio that was asked for; absent where layers were given without one.",

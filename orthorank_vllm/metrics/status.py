@@ -39,14 +39,12 @@ class EngineStatus:
 
     Attributes:
         ratio_asked: None if layers were given without a ratio.
-        configurations: how many are told; more than one are left over from earlier runs.
         is_measured: whether the layers were chosen by measurement, or by hand.
     """
 
     model_name: str
     engine: str
     active: bool = False
-    configurations: int = 0
     version: str = ""
     ratio_asked: float | None = None
     ratio_configured: float | None = None
@@ -76,15 +74,29 @@ def as_json(engine: EngineStatus) -> dict[str, Any]:
     return {**asdict(engine), "ratio_reached": engine.ratio_reached}
 
 
+def is_up(metrics: Iterable[Metric]) -> bool:
+    """Whether the server could read all counts; an earlier version does not say that it could not.
+
+    Args:
+        metrics: as for `engines_of`.
+    """
+    return all(
+        sample.value == 1
+        for metric in metrics
+        if metric.name == names.UP
+        for sample in metric.samples
+    )
+
+
 def engines_of(metrics: Iterable[Metric]) -> list[EngineStatus]:
     """
     Args:
         metrics: collected by prometheus-client, or parsed from `/metrics`; all that are not
-            OrthoRank's are passed over.
+            OrthoRank's counts are passed over.
     """
     found: dict[tuple[str, str], EngineStatus] = {}
     for metric in metrics:
-        if not metric.name.startswith("orthorank_"):
+        if not metric.name.startswith("orthorank_") or metric.name == names.UP:
             continue
         for sample in metric.samples:
             key = sample.labels["model_name"], sample.labels["engine"]
@@ -127,7 +139,6 @@ def _take(status: EngineStatus, name: str, labels: Mapping[str, str], value: flo
     if name == names.ACTIVE:
         status.active = value == 1
     elif name == names.CONFIG_INFO:
-        status.configurations += 1
         status.version = labels["version"]
         status.keep = float(labels["keep"])
         status.window = int(labels["window"])

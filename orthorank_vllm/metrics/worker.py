@@ -9,7 +9,7 @@ from orthorank_vllm import __version__
 from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.metrics import names
 from orthorank_vllm.metrics.folder import FOLDER_VARIABLE, metrics_folder
-from orthorank_vllm.metrics.values import Counter, Files, Histogram, write_gauge
+from orthorank_vllm.metrics.values import Counter, Counts, Histogram, write_gauge
 
 # vLLM shows the log lines of its own namespace only.
 logger = logging.getLogger("vllm.orthorank")
@@ -35,16 +35,15 @@ class WorkerMetrics:
             )
         if not os.path.isdir(folder):
             logger.warning(
-                "OrthoRank's metrics stay here, in %s: the server runs on another machine, and "
-                "its /metrics will lack them.",
+                "OrthoRank's metrics stay here, in %s, which was not there: if the server runs on "
+                "another machine, its /metrics will lack them.",
                 folder,
             )
-            os.makedirs(folder)
         self._labels = labels
-        self._files = files = Files(folder)
+        self._counts = counts = Counts(folder)
 
         def counter(name: str, **more: str) -> Counter:
-            return Counter(files, name, {**labels, **more})
+            return Counter(counts, name, {**labels, **more})
 
         self._prefill_tokens = counter(names.PREFILL_TOKENS)
         self._updates = counter(names.UPDATES)
@@ -60,20 +59,23 @@ class WorkerMetrics:
         self._sink_misses = counter(names.SINK_MISSES)
         paths = names.SPARSE, names.STOCK
         self._step_seconds = {
-            path: Histogram(files, names.STEP_SECONDS, {**labels, "path": path}, names.STEP_BUCKETS)
+            path: Histogram(
+                counts, names.STEP_SECONDS, {**labels, "path": path}, names.STEP_BUCKETS
+            )
             for path in paths
         }
         self._step_tokens = {path: counter(names.STEP_PREFILL_TOKENS, path=path) for path in paths}
         self._prefill_seconds = {
             path: counter(names.STEP_PREFILL_SECONDS, path=path) for path in paths
         }
-        self._plan_seconds = Histogram(files, names.PLAN_SECONDS, labels, names.PLAN_BUCKETS)
+        self._plan_seconds = Histogram(counts, names.PLAN_SECONDS, labels, names.PLAN_BUCKETS)
+        counts.publish()
 
     def tell(self, config: OrthoRankConfig) -> None:
         """Say what is run, once its layers are final."""
 
         def gauge(name: str, value: float, **more: str) -> None:
-            write_gauge(self._files, name, {**self._labels, **more}, value)
+            write_gauge(self._counts, name, {**self._labels, **more}, value)
 
         gauge(names.ACTIVE, 1)
         gauge(
@@ -88,10 +90,16 @@ class WorkerMetrics:
         gauge(names.RATIO_CONFIGURED, config.ratio)
         if config.ratio_asked is not None:
             gauge(names.RATIO_ASKED, config.ratio_asked)
+        self._counts.publish()
+
+    def look_after(self) -> None:
+        """Make the file of the counts anew if it is lost, as happens every few seconds anyway."""
+        self._counts.look_after()
 
     def count_step(self, path: str, seconds: float) -> None:
         """Any step: the time of its forward."""
         self._step_seconds[path].observe(seconds)
+        self._counts.write()
 
     def count_prefill_step(
         self, path: str, prompt_tokens: int, seconds: float, plan_seconds: float
@@ -101,12 +109,14 @@ class WorkerMetrics:
         self._step_tokens[path].add(prompt_tokens)
         self._prefill_seconds[path].add(seconds)
         self._plan_seconds.observe(plan_seconds)
+        self._counts.write()
 
     def count_saved(self, flops: float, sink_hits: int, sink_misses: int) -> None:
         """A sparse step, as far as the host knows it."""
         self._flops_saved.add(flops)
         self._sink_hits.add(sink_hits)
         self._sink_misses.add(sink_misses)
+        self._counts.write()
 
     def count_updates(self, prompt_tokens: int, skipped: Mapping[int, int]) -> None:
         """
@@ -120,6 +130,7 @@ class WorkerMetrics:
         total = sum(skipped.values())
         self._updates.add(prompt_tokens * len(self._layer_updates) - total)
         self._skipped.add(total)
+        self._counts.write()
 
 
 def labels_of(vllm_config: Any) -> dict[str, str]:

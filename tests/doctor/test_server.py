@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
 
 from orthorank_vllm.cli import main
 from orthorank_vllm.config import UNMEASURED, OrthoRankConfig
@@ -47,7 +46,7 @@ def answering(pages: dict[str, str | int]) -> Iterator[str]:
 
 @pytest.fixture
 def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(folder.SHARED_FOLDER_VARIABLE, os.fspath(tmp_path))
+    monkeypatch.setenv(folder.FOLDER_VARIABLE, os.fspath(tmp_path))
     return tmp_path
 
 
@@ -62,7 +61,9 @@ def examine(
 ) -> tuple[int, dict[str, dict[str, str]]]:
     """The exit status, and the checks of a server that shows the workers' metrics."""
     registry = CollectorRegistry()
-    MultiProcessCollector(registry, os.fspath(shared))
+    collector = folder.FolderCollector(os.fspath(shared))
+    collector.model_names.add("m")
+    registry.register(collector)
     shown: dict[str, str | int] = {"health": "", "metrics": generate_latest(registry).decode()}
     with answering({f"/{name}": page for name, page in {**shown, **pages}.items()}) as url:
         status = main(["doctor", url, "--json"])
@@ -81,7 +82,7 @@ def test_a_server_that_does_as_asked_is_well(
 
 
 def test_a_server_without_orthorank_fails(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, checks = examine(shared, capsys)
+    status, checks = examine(shared, capsys, metrics="")
     assert status == 1
     assert checks["OrthoRank"]["state"] == "FAILED"
     assert "--orthorank-ratio" in checks["OrthoRank"]["mend"]
@@ -95,12 +96,14 @@ def test_guessed_layers_are_a_warning(shared: Path, capsys: pytest.CaptureFixtur
     assert "orthorank calibrate" in checks["layers"]["mend"]
 
 
-def test_a_ratio_far_below_the_configured_one_is_a_warning(
+def test_short_prompts_are_well_and_explained(
     shared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     worker().count_updates(10, FAR_BELOW)
     _, checks = examine(shared, capsys)
-    assert checks["ratio"]["state"] == "warning"
+    assert checks["ratio"]["state"] == "ok"
+    assert checks["ratio"]["mend"] == ""
+    assert "prompts, or their chunks, are short" in checks["ratio"]["found"]
 
 
 def test_no_ratio_is_compared_before_the_first_prompt(
@@ -127,17 +130,40 @@ def test_each_engine_of_a_server_is_looked_at(
     worker(engine="0").count_updates(10, REACHED)
     worker(engine="1").count_updates(10, FAR_BELOW)
     _, checks = examine(shared, capsys)
-    assert checks["ratio (engine 0)"]["state"] == "ok"
-    assert checks["ratio (engine 1)"]["state"] == "warning"
+    assert "are short" not in checks["ratio (engine 0)"]["found"]
+    assert "are short" in checks["ratio (engine 1)"]["found"]
 
 
-def test_what_an_earlier_run_left_in_the_folder_is_a_warning(
+def test_metrics_of_which_some_are_missing_fail(
     shared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    worker()
-    worker(replace(CONFIG, layers=(1, 2)))
-    _, checks = examine(shared, capsys)
-    assert "PROMETHEUS_MULTIPROC_DIR" in checks["configuration"]["mend"]
+    """Break seen: `orthorank_up` not looked at."""
+    worker(engine="0")
+    (shared / "orthorank-1-0.db").touch()
+    status, checks = examine(shared, capsys)
+    assert status == 1
+    assert checks["metrics"]["state"] == "FAILED"
+    assert "orthorank_up is 0" in checks["metrics"]["found"]
+    # What can be seen is still looked at.
+    assert checks["ratio"]["state"] == "ok"
+
+
+def test_metrics_of_which_all_are_missing_are_not_taken_for_a_server_without_orthorank(
+    shared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, checks = examine(shared, capsys)
+    assert status == 1
+    assert checks["metrics"]["state"] == "FAILED"
+    assert "OrthoRank" not in checks
+
+
+def test_a_proxys_path_prefix_that_is_missing_is_asked_for(
+    shared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the proxy answers 404 for all that is not below it."""
+    status, checks = examine(shared, capsys, health=404)
+    assert status == 1
+    assert "prefix" in checks["server"]["mend"]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +177,7 @@ def test_the_endpoint_is_looked_at(
     assert checks["GET /orthorank"]["state"] == state
 
 
-@pytest.mark.parametrize("page", [403, "<html>Welcome</html>"])
+@pytest.mark.parametrize("page", [403, 500, "<html>Welcome</html>"])
 def test_a_page_that_is_not_vllms_metrics_fails(
     shared: Path, capsys: pytest.CaptureFixture[str], page: str | int
 ) -> None:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from prometheus_client import CollectorRegistry
-from prometheus_client.multiprocess import MultiProcessCollector
 
 from orthorank_vllm.bench.ideal import prefill
 from orthorank_vllm.engine import counting
@@ -39,9 +38,9 @@ def plan_of(batch: Batch) -> Plan:
 
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CollectorRegistry:
-    monkeypatch.setenv(folder.SHARED_FOLDER_VARIABLE, os.fspath(tmp_path))
+    monkeypatch.setenv(folder.FOLDER_VARIABLE, os.fspath(tmp_path))
     registry = CollectorRegistry()
-    MultiProcessCollector(registry, os.fspath(tmp_path))
+    registry.register(folder.FolderCollector(os.fspath(tmp_path)))
     return registry
 
 

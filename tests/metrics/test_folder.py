@@ -1,24 +1,24 @@
 """The way of the counts from a worker process to the server's registry."""
 
-import itertools
 import logging
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from multiprocessing import Queue
 from pathlib import Path
 
 import pytest
-from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client import REGISTRY, CollectorRegistry, Counter
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from orthorank_vllm import plugin
 from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.metrics import folder
-from orthorank_vllm.metrics.status import engines_of
-from orthorank_vllm.metrics.values import Files
 from orthorank_vllm.metrics.worker import WorkerMetrics
 
 LABELS = {"model_name": "m", "engine": "0"}
+Told = tuple[float | None, float | None]
 CONFIG = OrthoRankConfig(0.3, 1 / 3, 128, (1, 3), 5, "profile p")
 
 
@@ -29,6 +29,10 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     if folder._collector is not None:
         REGISTRY.unregister(folder._collector)
+
+
+def prepare_server() -> None:
+    folder.prepare_server("m", tempfile.gettempdir())
 
 
 def work() -> None:
@@ -50,7 +54,7 @@ def work_elsewhere() -> None:
 
 def test_counts_of_another_process_reach_the_servers_registry() -> None:
     """Break seen: the folder's name not handed on to the worker."""
-    folder.prepare_server()
+    prepare_server()
     work_elsewhere()
     value = REGISTRY.get_sample_value
     assert value("orthorank_prefill_tokens_total", LABELS) == 20
@@ -62,13 +66,13 @@ def test_counts_of_another_process_reach_the_servers_registry() -> None:
 
 
 def test_counts_of_this_process_reach_the_registry_too() -> None:
-    folder.prepare_server()
+    prepare_server()
     work()
     assert REGISTRY.get_sample_value("orthorank_token_updates_skipped_total", LABELS) == 26
 
 
 def test_a_histogram_crosses_with_its_buckets_accumulated() -> None:
-    folder.prepare_server()
+    prepare_server()
     work_elsewhere()
     name, labels = "orthorank_step_duration_seconds", {**LABELS, "path": "sparse"}
     value = REGISTRY.get_sample_value
@@ -78,60 +82,47 @@ def test_a_histogram_crosses_with_its_buckets_accumulated() -> None:
     assert below == {"0.25": 0, "0.5": 2, "+Inf": 2}
 
 
-def test_a_shared_folder_is_used_where_there_is_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As with several API servers, where vLLM's own `/metrics` merges the folder."""
-    monkeypatch.setenv(folder.SHARED_FOLDER_VARIABLE, os.fspath(tmp_path))
-    folder.prepare_server()
-    assert folder._collector is None
-    work_elsewhere()
-    registry = CollectorRegistry()
-    MultiProcessCollector(registry, os.fspath(tmp_path))
-    assert registry.get_sample_value("orthorank_prefill_tokens_total", LABELS) == 20
-    assert registry.get_sample_value("orthorank_active", LABELS) == 1
-
-
 def test_two_engines_of_one_server_share_its_folder() -> None:
-    folder.prepare_server()
+    prepare_server()
     first = os.environ[folder.FOLDER_VARIABLE]
-    folder.prepare_server()
+    prepare_server()
     assert os.environ[folder.FOLDER_VARIABLE] == first
 
 
-def test_only_orthoranks_own_metrics_are_told_from_a_shared_folder(
+def several_servers(told: "Queue[Told]") -> None:
+    """One of two API servers, which vLLM makes by multiprocessing."""
+    plugin._show_metrics_of_several_servers()
+    folder.prepare_server("m", os.environ["TMPDIR"])
+    count_as_vllm_does()
+    # As vLLM answers /metrics then: one collector in a registry of its own.
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)
+    value = registry.get_sample_value
+    told.put((value("vllm:requests_total"), value("orthorank_prefill_tokens_total", LABELS)))
+
+
+def test_several_api_servers_show_their_parents_engines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Break seen: vLLM's, which lie in the same folder, told too."""
-    monkeypatch.setenv(folder.SHARED_FOLDER_VARIABLE, os.fspath(tmp_path))
-    other = multiprocessing.get_context("spawn").Process(target=count_as_vllm_does)
-    other.start()
-    other.join()
-    work_elsewhere()
-    assert any("vllm" in metric.name for metric in MultiProcessCollector(None, tmp_path).collect())
-    assert "orthorank_active" in {metric.name for metric in folder.orthorank_metrics()}
-    assert all(metric.name.startswith("orthorank_") for metric in folder.orthorank_metrics())
+    """Though nothing of ours is in the folder whose files vLLM merges.
 
-
-def test_what_an_earlier_process_with_this_id_left_is_not_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As when a container starts again and its volume stays.
-
-    Break seen: the earlier process's configuration told beside this one's.
+    Break seen: a folder of its own for each API server.
     """
+    monkeypatch.setenv("TMPDIR", os.fspath(tmp_path))
     monkeypatch.setenv(folder.SHARED_FOLDER_VARIABLE, os.fspath(tmp_path))
-    for config in (CONFIG, replace(CONFIG, layers=(2, 4))):
-        monkeypatch.setattr(Files, "_numbers", itertools.count())
-        WorkerMetrics(LABELS, range(5)).tell(config)
-    [engine] = engines_of(folder.orthorank_metrics())
-    assert engine.configurations == 1
-    assert engine.layers == [2, 4]
+    prepare_server()
+    work_elsewhere()
+    context = multiprocessing.get_context("spawn")
+    told: Queue[Told] = context.Queue()
+    for requests in (1, 2):
+        server = context.Process(target=several_servers, args=(told,))
+        server.start()
+        assert told.get(timeout=300) == (requests, 20)
+        server.join()
+    assert not list(tmp_path.glob("*orthorank*.db"))
 
 
 def count_as_vllm_does() -> None:
-    from prometheus_client import Counter
-
     Counter("vllm:requests", "Some.").inc()
 
 

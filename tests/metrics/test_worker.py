@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
-from prometheus_client.multiprocess import MultiProcessCollector
 
 from orthorank_vllm import __version__
 from orthorank_vllm.config import OrthoRankConfig
@@ -19,10 +18,9 @@ CONFIG = OrthoRankConfig(0.3, 1 / 3, 128, (1, 3), 5, "profile p")
 
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CollectorRegistry:
-    monkeypatch.delenv(folder.SHARED_FOLDER_VARIABLE, raising=False)
     monkeypatch.setenv(folder.FOLDER_VARIABLE, os.fspath(tmp_path))
     registry = CollectorRegistry()
-    MultiProcessCollector(registry, os.fspath(tmp_path))
+    registry.register(folder.FolderCollector(os.fspath(tmp_path)))
     return registry
 
 
@@ -74,7 +72,6 @@ def test_every_name_is_told(registry: CollectorRegistry) -> None:
 
 
 def test_a_worker_without_a_folder_stops_the_start_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(folder.SHARED_FOLDER_VARIABLE, raising=False)
     monkeypatch.delenv(folder.FOLDER_VARIABLE, raising=False)
     with pytest.raises(RuntimeError, match=folder.FOLDER_VARIABLE):
         WorkerMetrics(LABELS, range(5))
