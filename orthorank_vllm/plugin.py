@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from orthorank_vllm.engine.architectures import ORTHORANK_OF
+from orthorank_vllm.engine.architectures import MEASURED_OF, ORTHORANK_OF
 from orthorank_vllm.options import OptionError
 
 # Every name in vLLM that is wrapped, subclassed or called, as module:attributes.
@@ -175,7 +175,8 @@ def _calibrate_at_start() -> None:
     @functools.wraps(original)
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, *args, **kwargs)
-        if vllm_config.additional_config.get("orthorank", {}).get("to_choose"):
+        settings = vllm_config.additional_config.get("orthorank", {})
+        if settings.get("to_choose") or settings.get("measured_on"):
             from orthorank_vllm.engine.startup import choose_layers
 
             choose_layers(self, vllm_config)
@@ -187,7 +188,7 @@ def _register_architectures() -> None:
     # vLLM's documented interface; the names resolve in __getattr__ below.
     from vllm.model_executor.models import ModelRegistry
 
-    for architecture in ORTHORANK_OF.values():
+    for architecture in (*ORTHORANK_OF.values(), *MEASURED_OF.values()):
         ModelRegistry.register_model(architecture, f"{__name__}:{architecture}")
 
 
@@ -197,14 +198,15 @@ def __getattr__(name: str) -> Any:
     That is the moment to hook the model runner: not before, so that other
     processes, and stock models, never import or patch it.
     """
-    if name not in ORTHORANK_OF.values():
+    if name not in (*ORTHORANK_OF.values(), *MEASURED_OF.values()):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     require_seams(worker_seams())
-    _hook_model_runner()
-    from orthorank_vllm.engine.models import orthorank_class
+    if name in ORTHORANK_OF.values():
+        _hook_model_runner()
+    from orthorank_vllm.engine.models import class_of
 
     # Kept: vLLM looks an architecture up more than once, and compares classes.
-    return globals().setdefault(name, orthorank_class(name))
+    return globals().setdefault(name, class_of(name))
 
 
 def _hook_model_runner() -> None:

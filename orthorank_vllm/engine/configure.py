@@ -7,6 +7,7 @@ from typing import Any
 from orthorank_vllm.attention import check_way
 from orthorank_vllm.config import resolve
 from orthorank_vllm.engine.architectures import hf_overrides_for
+from orthorank_vllm.engine.fingerprint import loads_weights
 from orthorank_vllm.engine.refusals import check_supported
 from orthorank_vllm.metrics.folder import FOLDER_VARIABLE, prepare_server
 from orthorank_vllm.options import Options
@@ -41,7 +42,8 @@ def configure(
     check_supported(vllm_config)
     model = model_identity(vllm_config.model_config.hf_text_config)
     check_way(options.attention, vllm_config.device_config.device_type)
-    config = resolve(options, model, envs.VLLM_CACHE_ROOT)
+    has_weights = loads_weights(vllm_config.load_config)
+    config = resolve(options, model, envs.VLLM_CACHE_ROOT, has_weights)
     vllm_config.additional_config = {
         **vllm_config.additional_config,
         "orthorank": config.as_dict(),
