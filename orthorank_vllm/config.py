@@ -77,7 +77,8 @@ class OrthoRankConfig:
 
     def with_layers(self, layers: Sequence[int], source: str) -> "OrthoRankConfig":
         """The same with its layers chosen."""
-        return replace(self, layers=tuple(sorted(layers)), source=source, to_choose=0)
+        layers = tuple(sorted(layers))
+        return replace(self, layers=layers, source=source, to_choose=0, calibrate_seconds=0.0)
 
     def with_profile(self, profile: Profile) -> "OrthoRankConfig":
         """The same with the first layers of a profile, as many as are to be chosen."""

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orthorank_vllm.profiles import read_profile
+from tests.models import fingerprint_of, write_untrained
 from tests.reference import Reference, Rule
 from tests.replay import SAFE_MARGIN, TOLERANCE
 from tests.scripts import Script
@@ -94,17 +95,6 @@ def tuned_path(small_model_path: str, tmp_path_factory: pytest.TempPathFactory) 
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def untrained_path(small_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The small model with random weights, as a checkpoint like any other."""
-    folder = tmp_path_factory.mktemp("models") / "untrained"
-    torch.manual_seed(5)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(small_model_path))
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(small_model_path).save_pretrained(folder)
-    return str(folder)
-
-
 def profiles_in(cache: Path) -> list[Path]:
     return sorted((cache / "orthorank").glob("*.json"))
 
@@ -122,6 +112,7 @@ def test_the_first_start_measures_and_later_ones_find_what_it_measured(
     assert source == f"calibration at start-up, kept in {path}"
     assert "chooses 3 of 6 layers by measurement, in at most 60 s" in first.output
     assert sorted(read_profile(path).order) == layers
+    assert read_profile(path).weights == fingerprint_of(small_model_path)
 
     second = start(small_model_path, tmp_path, prompt, ratio=0.3)
     found_layers, source, _, _, found_log_probs = second.answer
@@ -200,7 +191,7 @@ def test_random_weights_are_neither_measured_nor_kept_not_even_once_real_ones_ar
     small_model_path: str, tmp_path: Path
 ) -> None:
     """Break seen: the next start took what a dummy start had kept."""
-    dummy = {"load_format": "dummy", "ratio": 0.1}
+    dummy: Any = {"load_format": "dummy", "ratio": 0.1}
     script = start(small_model_path, tmp_path, sent_path=small_model_path, **dummy)
     layers, source, measured, seconds, _ = script.answer
     source_told = "even spacing, not measured: this load format loads no weights"
@@ -254,8 +245,10 @@ def test_a_fine_tune_does_not_take_what_its_base_has_measured(
     assert by_hand.output.count(OTHERS_PROFILE) == 1
 
 
-def test_a_model_no_better_than_chance_is_not_measured(untrained_path: str, tmp_path: Path) -> None:
-    script = start(untrained_path, tmp_path, ratio=0.1)
+def test_a_model_no_better_than_chance_is_not_measured(
+    small_model_path: str, tmp_path: Path
+) -> None:
+    script = start(write_untrained(small_model_path, tmp_path / "model"), tmp_path, ratio=0.1)
     _, source, measured, _, _ = script.answer
     assert not measured
     assert source.startswith("even spacing, not measured: the dense model's loss, ")
