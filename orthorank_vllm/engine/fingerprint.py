@@ -3,8 +3,8 @@
 Taken from the checkpoint's tensors on their way into the model, by their names there: before they
 are cut among ranks, quantised or converted, so that it depends on none of these. Samples of every
 tensor, since a fine-tune may change some projections alone (a merged LoRA leaves embeddings and
-norms as they were). With expert parallelism a rank may be handed its own experts only; the first
-one's fingerprint counts.
+norms as they were). With expert parallelism, and by vLLM's loader for bitsandbytes, a rank may be
+handed its own part only; the first one's fingerprint counts.
 """
 
 import hashlib
