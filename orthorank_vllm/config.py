@@ -6,13 +6,31 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from orthorank_vllm.options import OptionError, Options, rejected
-from orthorank_vllm.profiles import Profile, ProfileError, find_profile, read_profile_of
+from orthorank_vllm.profiles import (
+    Profile,
+    ProfileError,
+    kept_profiles,
+    read_profile_of,
+    shipped_profile,
+)
 
 # Without a measured order, the first layers (which form the sink) and the last
 # ones (which form the prediction) stay dense.
 UNMEASURED_DENSE_HEAD = 3
 UNMEASURED_DENSE_TAIL = 2
-UNMEASURED = "even spacing (not measured)"
+EVEN_SPACING = "even spacing, not measured"
+
+# Why a start does not measure, and what would help.
+NO_WEIGHTS = (
+    "this load format loads no weights",
+    "give --orthorank-profile, a file that `orthorank calibrate` made on the weights that are to "
+    "come, or --orthorank-layers",
+)
+CALIBRATION_OFF = (
+    "--orthorank-calibrate-seconds is 0",
+    "measure them once with `orthorank calibrate`, or give --orthorank-profile, --orthorank-layers "
+    "or some --orthorank-calibrate-seconds",
+)
 
 
 @dataclass(frozen=True)
@@ -20,8 +38,11 @@ class OrthoRankConfig:
     """What is run: options resolved for one model. Travels to every worker as a dict.
 
     Attributes:
-        to_choose: layers that a calibration at start-up has still to choose; 0
+        to_choose: layers that are still to be chosen when the weights are loaded; 0
             where `layers` is final.
+        measured_on: fingerprint of the weights that `layers` were measured on; empty
+            where nothing was measured, or it is not known.
+        remedy: what would get measured layers, where these are guessed.
     """
 
     ratio_asked: float | None
@@ -33,6 +54,8 @@ class OrthoRankConfig:
     to_choose: int = 0
     calibrate_seconds: float = 0.0
     attention: str = "auto"
+    measured_on: str = ""
+    remedy: str = ""
 
     @property
     def ratio(self) -> float:
@@ -42,7 +65,7 @@ class OrthoRankConfig:
     @property
     def measured(self) -> bool:
         """Whether the layers were measured, or given by hand."""
-        return is_measured(self.source)
+        return not self.remedy
 
     def as_dict(self) -> dict[str, Any]:
         """JSON types only: vLLM hashes its additional_config by `json.dumps`."""
@@ -54,17 +77,39 @@ class OrthoRankConfig:
 
     def with_layers(self, layers: Sequence[int], source: str) -> "OrthoRankConfig":
         """The same with its layers chosen."""
-        return replace(self, layers=tuple(sorted(layers)), source=source, to_choose=0)
+        layers = tuple(sorted(layers))
+        return replace(self, layers=layers, source=source, to_choose=0, calibrate_seconds=0.0)
 
-    def evenly_spaced(self) -> "OrthoRankConfig":
+    def with_profile(self, profile: Profile) -> "OrthoRankConfig":
+        """The same with the first layers of a profile, as many as are to be chosen."""
+        chosen = self.with_layers(profile.order[: self.to_choose], profile.describe(self.keep))
+        return replace(chosen, measured_on=profile.weights or "")
+
+    def evenly_spaced(self, reason: str, remedy: str) -> "OrthoRankConfig":
         """The same with layers that nothing was measured for.
+
+        Args:
+            reason, remedy: why that is so, and what would help.
 
         Raises:
             OptionError: there are too few that may be guessed.
         """
         assert self.ratio_asked is not None
-        layers = _evenly_spaced(self.ratio_asked, self.to_choose, self.num_layers)
-        return self.with_layers(layers, UNMEASURED)
+        candidates = self.num_layers - UNMEASURED_DENSE_HEAD - UNMEASURED_DENSE_TAIL
+        if self.to_choose > candidates:
+            raise rejected(
+                "ratio",
+                self.ratio_asked,
+                f"it needs {self.to_choose} selective layers, and of layers that are not measured "
+                f"({reason}) only {max(candidates, 0)} of this model's {self.num_layers} may be; "
+                f"{remedy}",
+            )
+        layers = [
+            UNMEASURED_DENSE_HEAD + (2 * i + 1) * candidates // (2 * self.to_choose)
+            for i in range(self.to_choose)
+        ]
+        chosen = self.with_layers(layers, f"{EVEN_SPACING}: {reason}")
+        return replace(chosen, remedy=remedy)
 
     def describe(self) -> str:
         """The start-up line."""
@@ -77,18 +122,20 @@ class OrthoRankConfig:
         )
 
 
-def is_measured(source: str) -> bool:
-    """`OrthoRankConfig.measured`, where only the source is known."""
-    return source != UNMEASURED
+def resolve(
+    options: Options, model: Mapping[str, Any], cache_root: str, has_weights: bool = True
+) -> OrthoRankConfig:
+    """Choose the selective layers of one model, or leave that to its start-up.
 
-
-def resolve(options: Options, model: Mapping[str, Any], cache_root: str) -> OrthoRankConfig:
-    """Choose the selective layers of one model, or leave that to a calibration at start-up.
+    What was measured on this machine is known by the weights too, so where there is
+    such a profile of this configuration, the choice is left until they are loaded.
 
     Args:
         options: active options.
         model: see `profiles.model_identity`.
         cache_root: vLLM's, where calibrated profiles are kept.
+        has_weights: whether the load format loads any: on random ones nothing is
+            measured, and none are known to be those of a profile that was kept.
 
     Raises:
         OptionError: the options do not fit this model.
@@ -108,20 +155,23 @@ def resolve(options: Options, model: Mapping[str, Any], cache_root: str) -> Orth
         return config.with_layers(options.layers, "--orthorank-layers")
     assert options.ratio is not None
     count = selective_count("--orthorank-ratio", options.ratio, options.keep, num_layers)
-    profile = _profile_of(options, model, cache_root)
-    if profile is not None and count <= len(profile.order):
-        return config.with_layers(profile.order[:count], profile.describe(options.keep))
     config = replace(config, to_choose=count)
-    if options.profile is None and options.calibrate_seconds:
-        return replace(config, calibrate_seconds=options.calibrate_seconds)
-    if profile is not None:
-        raise rejected(
-            "profile" if options.profile else "ratio",
-            options.profile or options.ratio,
-            f"ratio {options.ratio:.4g} needs {count} selective layers and profile {profile.name} "
-            f"ranks {len(profile.order)}",
-        )
-    return config.evenly_spaced()
+    if options.profile is not None:
+        return config.with_profile(_given_profile(options.profile, model, options.ratio, count))
+    if has_weights:
+        config = replace(config, calibrate_seconds=options.calibrate_seconds)
+        if kept_profiles(cache_root, model["config_sha256"], options.keep, options.window):
+            return config
+    shipped = shipped_profile(model)
+    if shipped is not None and count <= len(shipped.order):
+        return config.with_profile(shipped)
+    if not has_weights:
+        return config.evenly_spaced(*NO_WEIGHTS)
+    if options.calibrate_seconds:
+        return config
+    if shipped is not None:
+        raise rejected("ratio", options.ratio, _ranks_too_few(shipped, options.ratio, count))
+    return config.evenly_spaced(*CALIBRATION_OFF)
 
 
 def selective_count(option: str, ratio: float, keep: float, num_layers: int) -> int:
@@ -157,24 +207,18 @@ def _check_layers(options: Options, num_layers: int) -> None:
             )
 
 
-def _profile_of(options: Options, model: Mapping[str, Any], cache_root: str) -> Profile | None:
-    if options.profile is None:
-        return find_profile(model, options.keep, options.window, cache_root)
+def _given_profile(path: str, model: Mapping[str, Any], ratio: float, count: int) -> Profile:
     try:
-        return read_profile_of(model, options.profile)
+        profile = read_profile_of(model, path)
     except ProfileError as error:
-        raise rejected("profile", options.profile, str(error)) from None
+        raise rejected("profile", path, str(error)) from None
+    if count > len(profile.order):
+        raise rejected("profile", path, _ranks_too_few(profile, ratio, count))
+    return profile
 
 
-def _evenly_spaced(ratio: float, count: int, num_layers: int) -> tuple[int, ...]:
-    candidates = num_layers - UNMEASURED_DENSE_HEAD - UNMEASURED_DENSE_TAIL
-    if count > candidates:
-        raise rejected(
-            "ratio",
-            ratio,
-            f"it needs {count} selective layers, and without a profile only {max(candidates, 0)} "
-            f"of this model's {num_layers} may be; give --orthorank-layers",
-        )
-    return tuple(
-        UNMEASURED_DENSE_HEAD + (2 * i + 1) * candidates // (2 * count) for i in range(count)
+def _ranks_too_few(profile: Profile, ratio: float, count: int) -> str:
+    return (
+        f"ratio {ratio:.4g} needs {count} selective layers and profile {profile.name} "
+        f"ranks {len(profile.order)}"
     )

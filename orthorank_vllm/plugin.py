@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from orthorank_vllm.engine.architectures import ORTHORANK_OF
+from orthorank_vllm.engine.architectures import MEASURED_OF, ORTHORANK_OF
 from orthorank_vllm.options import OptionError
 
 # Every name in vLLM, and one beside it, that is imported, called, subclassed or wrapped, as
@@ -230,7 +230,10 @@ def _calibrate_at_start() -> None:
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, *args, **kwargs)
         options = options_in(vllm_config.additional_config)
-        if isinstance(options, dict) and options.get("to_choose"):
+        is_open = isinstance(options, dict) and (
+            options.get("to_choose") or options.get("measured_on")
+        )
+        if is_open:
             from orthorank_vllm.engine.startup import choose_layers
 
             choose_layers(self, vllm_config)
@@ -259,7 +262,7 @@ def _register_architectures() -> None:
     # vLLM's documented interface; the names resolve in __getattr__ below.
     from vllm.model_executor.models import ModelRegistry
 
-    for architecture in ORTHORANK_OF.values():
+    for architecture in (*ORTHORANK_OF.values(), *MEASURED_OF.values()):
         ModelRegistry.register_model(architecture, f"{__name__}:{architecture}")
 
 
@@ -269,14 +272,15 @@ def __getattr__(name: str) -> Any:
     That is the moment to hook the model runner: not before, so that other
     processes, and stock models, never import or patch it.
     """
-    if name not in ORTHORANK_OF.values():
+    if name not in (*ORTHORANK_OF.values(), *MEASURED_OF.values()):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     require_seams(worker_seams())
-    _hook_model_runner()
-    from orthorank_vllm.engine.models import orthorank_class
+    if name in ORTHORANK_OF.values():
+        _hook_model_runner()
+    from orthorank_vllm.engine.models import class_of
 
     # Kept: vLLM looks an architecture up more than once, and compares classes.
-    return globals().setdefault(name, orthorank_class(name))
+    return globals().setdefault(name, class_of(name))
 
 
 def _hook_model_runner() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from orthorank_vllm.outputs import write_whole
 
-FORMAT = 3
+FORMAT = 4
 SHAPE_KEYS = (
     "hidden_size",
     "intermediate_size",
@@ -37,6 +37,7 @@ class Profile:
 
     Attributes:
         model: see `model_identity`; a shipped one fits by shape alone.
+        weights: fingerprint of those measured on (`engine.fingerprint`); None if there is none.
         order: layers, the one that costs least first.
         losses: nats per token after each; None where it was not measured.
         tried: of a step under way, the loss with each layer tried.
@@ -49,6 +50,7 @@ class Profile:
     keep: float
     window: int
     method: str = "orthorank"
+    weights: str | None = None
     losses: tuple[float | None, ...] = ()
     dense_loss: float | None = None
     tried: dict[int, float] = field(default_factory=dict)
@@ -61,7 +63,7 @@ class Profile:
     @property
     def identity(self) -> dict[str, Any]:
         """What two measurements must share for one to go on where the other stopped."""
-        names = ("model", "method", "keep", "window", "data", "dtype")
+        names = ("model", "weights", "method", "keep", "window", "data", "dtype")
         return {name: getattr(self, name) for name in names}
 
     def describe(self, keep: float) -> str:
@@ -157,9 +159,30 @@ def read_profile_of(model: Mapping[str, Any], path: str | Path) -> Profile:
     return profile
 
 
-def cached_path(cache_root: str | Path, sha256: str, keep: float, window: int) -> Path:
-    """Where the profile of a model is kept that was measured on this machine."""
-    return Path(cache_root) / "orthorank" / f"{sha256[:32]}-keep{keep:.4f}-window{window}.json"
+def kept_folder(cache_root: str | Path) -> Path:
+    """Where all profiles are kept that were measured on this machine."""
+    return Path(cache_root) / "orthorank"
+
+
+def cached_path(
+    cache_root: str | Path, sha256: str, weights: str, keep: float, window: int
+) -> Path:
+    """Where the profile of a model is kept that was measured on this machine.
+
+    Args:
+        sha256, weights: of its configuration, and the fingerprint of its weights.
+    """
+    return kept_folder(cache_root) / _cached_name(sha256, weights[:16], keep, window)
+
+
+def _cached_name(sha256: str, weights: str, keep: float, window: int) -> str:
+    return f"{sha256[:32]}-{weights}-keep{keep:.4f}-window{window}.json"
+
+
+def kept_profiles(cache_root: str | Path, sha256: str, keep: float, window: int) -> list[Path]:
+    """Where `cached_path` has profiles of this configuration, of whatever weights; newest first."""
+    found = kept_folder(cache_root).glob(_cached_name(sha256, "*", keep, window))
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def shipped_profiles() -> Iterator[Profile]:
@@ -170,20 +193,31 @@ def shipped_profiles() -> Iterator[Profile]:
             yield _from_json(json.loads(entry.read_text()))
 
 
+def shipped_profile(model: Mapping[str, Any]) -> Profile | None:
+    """The one in the package that fits by shape, whatever weights it was measured on."""
+    return next((profile for profile in shipped_profiles() if profile.fits(model)), None)
+
+
 def find_profile(
-    model: Mapping[str, Any], keep: float, window: int, cache_root: str | Path
+    model: Mapping[str, Any], weights: str | None, keep: float, window: int, cache_root: str | Path
 ) -> Profile | None:
     """The profile of a model: measured on this machine with this rule, or else shipped.
 
     Args:
         model: see `model_identity`.
+        weights: their fingerprint; without one nothing is known to be measured on them.
         cache_root: vLLM's, see `cached_path`.
     """
-    try:
-        return read_profile(cached_path(cache_root, model["config_sha256"], keep, window))
-    except ProfileError:
-        # Not there, or of another version: measured anew where that is asked for.
-        return next((profile for profile in shipped_profiles() if profile.fits(model)), None)
+    if weights is not None:
+        path = cached_path(cache_root, model["config_sha256"], weights, keep, window)
+        try:
+            kept = read_profile(path)
+        except ProfileError:
+            # Not there, or of another version: measured anew where that is asked for.
+            return shipped_profile(model)
+        if kept.weights == weights:
+            return kept
+    return shipped_profile(model)
 
 
 def _from_json(content: Any) -> Profile:

@@ -13,6 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from orthorank_vllm.engine.fingerprint import Fingerprint
+
 SIZES = {
     "vocab_size": 512,
     "hidden_size": 128,
@@ -60,6 +62,23 @@ def write_random(family: str, folder: Path) -> str:
             torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.1)
     model.save_pretrained(folder)
     return str(folder)
+
+
+def write_untrained(model_path: str, folder: Path) -> str:
+    """A model with random weights, a checkpoint and a tokenizer like any other."""
+    torch.manual_seed(5)
+    config = transformers.AutoConfig.from_pretrained(model_path)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(model_path).save_pretrained(folder)
+    return str(folder)
+
+
+def fingerprint_of(folder: str) -> str | None:
+    """That of the weights in a model's only file."""
+    fingerprint = Fingerprint()
+    for _ in fingerprint.noting(load_file(f"{folder}/model.safetensors").items()):
+        pass
+    return fingerprint.value
 
 
 def write_as_mistral(model_path: str, folder: Path, sliding_window: int) -> str:

@@ -22,7 +22,7 @@ SMOLLM2 = {
 }
 UNKNOWN = {**SMOLLM2, "hidden_size": 640}
 PROFILE = {
-    "format": 3,
+    "format": 4,
     "name": "mine",
     "model": SMOLLM2,
     "method": "orthorank",
@@ -97,15 +97,28 @@ def test_an_option_that_does_not_fit_the_model_is_named_in_one_line(
 
 
 def test_more_layers_than_an_unmeasured_model_may_lose_is_an_error() -> None:
-    with pytest.raises(OptionError, match=r"only 25 of this model's 30 may be"):
+    with pytest.raises(OptionError, match=r"only 25 of this model's 30 may be; measure") as raised:
         resolved(UNKNOWN, ratio=0.6, calibrate_seconds=0)
+    assert "--orthorank-calibrate-seconds is 0" in str(raised.value)
+
+
+def test_too_many_layers_after_too_little_time_names_the_time_and_the_option() -> None:
+    """Break seen: a remedy for a model without a profile, for one whose time had run out."""
+    config = resolved(UNKNOWN, ratio=0.6, calibrate_seconds=5)
+    with pytest.raises(OptionError) as raised:
+        config.evenly_spaced("5 s were too few", "give --orthorank-calibrate-seconds 70 or more")
+    assert str(raised.value) == (
+        "--orthorank-ratio 0.6: not allowed, it needs 27 selective layers, and of layers that are "
+        "not measured (5 s were too few) only 25 of this model's 30 may be; give "
+        "--orthorank-calibrate-seconds 70 or more"
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "named"),
     [
         ("{", "it is not JSON"),
-        (json.dumps({**PROFILE, "format": 1}), "its format is 1 and this orthorank-vllm reads 3"),
+        (json.dumps({**PROFILE, "format": 1}), "its format is 1 and this orthorank-vllm reads 4"),
         (json.dumps({**PROFILE, "order": [1, 1]}), "has non-unique elements"),
         (
             json.dumps({**PROFILE, "model": UNKNOWN}),
@@ -164,6 +177,9 @@ def test_without_a_profile_the_layers_are_evenly_spaced_and_leave_out_both_ends(
     gaps = {b - a for a, b in zip(config.layers, config.layers[1:], strict=False)}
     assert gaps <= {1, 2}
     assert not config.measured
+    assert config.source == "even spacing, not measured: --orthorank-calibrate-seconds is 0"
+    assert "`orthorank calibrate`" in config.remedy
+    assert OrthoRankConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
 
 
 def test_a_profile_file_gives_its_first_layers(tmp_path: Path) -> None:
@@ -198,14 +214,39 @@ def test_a_profile_given_by_hand_that_ranks_too_few_layers_is_refused(tmp_path: 
         resolved(UNKNOWN, ratio=0.3, profile=str(path))
 
 
-def test_a_profile_measured_here_goes_before_the_shipped_one(tmp_path: Path) -> None:
-    Profile("mine", SMOLLM2, tuple(range(5, 25)), keep=1 / 3, window=128).write(
-        cached_path(tmp_path, "5" * 64, 1 / 3, 128)
+def test_where_a_profile_was_measured_here_the_choice_waits_for_the_weights(tmp_path: Path) -> None:
+    """Whose it is, the weights tell; before them goes neither it nor the shipped one."""
+    Profile("mine", SMOLLM2, (9, 4), keep=1 / 3, window=128, weights="a" * 64).write(
+        cached_path(tmp_path, "5" * 64, "a" * 64, 1 / 3, 128)
     )
-    options = Options.from_mapping({"ratio": 0.3})
-    assert resolve(options, SMOLLM2, str(tmp_path)).source == "profile mine"
+    options = Options.from_mapping({"ratio": 0.3, "calibrate_seconds": 0})
+    waiting = resolve(options, SMOLLM2, str(tmp_path))
+    assert (waiting.to_choose, waiting.layers, waiting.calibrate_seconds) == (14, (), 0)
     options = Options.from_mapping({"ratio": 0.3, "window": 64})
     assert resolve(options, SMOLLM2, str(tmp_path)).source == "profile SmolLM2-135M-Instruct"
+
+
+def test_a_start_without_weights_measures_nothing_and_takes_nothing_kept(tmp_path: Path) -> None:
+    """Break seen: a server of random weights that calibrated on them."""
+    for model in (SMOLLM2, UNKNOWN):
+        Profile("mine", model, tuple(range(20)), 1 / 3, 128, weights="a" * 64).write(
+            cached_path(tmp_path, "5" * 64, "a" * 64, 1 / 3, 128)
+        )
+        options = Options.from_mapping({"ratio": 0.3})
+        config = resolve(options, model, str(tmp_path), has_weights=False)
+        assert (config.to_choose, len(config.layers)) == (0, 14)
+        assert config.measured == (model is SMOLLM2)
+    assert config.source == "even spacing, not measured: this load format loads no weights"
+    assert "--orthorank-profile" in config.remedy
+    assert "seconds" not in config.remedy
+    options = Options.from_mapping({"ratio": 0.5})
+    assert not resolve(options, SMOLLM2, str(tmp_path), has_weights=False).measured
+
+
+def test_a_profiles_weights_go_with_its_layers() -> None:
+    measured_on = resolved(ratio=0.3).measured_on
+    assert len(measured_on) == 64
+    assert resolved(layers="7,26").measured_on == ""
 
 
 def test_a_profile_measured_with_another_keep_says_so() -> None:

@@ -16,6 +16,7 @@ from orthorank_vllm.profiles import (
     cached_path,
     config_hash,
     find_profile,
+    kept_profiles,
     model_identity,
     model_shape,
     read_profile,
@@ -36,12 +37,25 @@ def smollm2(**changed: Any) -> LlamaConfig:
     return LlamaConfig(**{**SHAPE, "rope_parameters": rope, **changed})
 
 
-def found(config: LlamaConfig, cache_root: str | Path = "/nowhere") -> Profile | None:
-    return find_profile(model_identity(config), 1 / 3, 128, cache_root)
+WEIGHTS, OTHER_WEIGHTS = "a" * 64, "b" * 64
+
+
+def found(
+    config: LlamaConfig, cache_root: str | Path = "/nowhere", weights: str | None = WEIGHTS
+) -> Profile | None:
+    return find_profile(model_identity(config), weights, 1 / 3, 128, cache_root)
+
+
+def keep_in(cache_root: Path, profile: Profile, config: LlamaConfig) -> Path:
+    assert profile.weights is not None
+    rule = profile.keep, profile.window
+    path = cached_path(cache_root, config_hash(config), profile.weights, *rule)
+    profile.write(path)
+    return path
 
 
 def profile_of(config: LlamaConfig, **changed: Any) -> Profile:
-    fields = {"order": (4, 2), "keep": 1 / 3, "window": 128, **changed}
+    fields = {"order": (4, 2), "keep": 1 / 3, "window": 128, "weights": WEIGHTS, **changed}
     return Profile("mine", model_identity(config), **fields)
 
 
@@ -50,7 +64,9 @@ def test_the_shipped_profiles_are_measured_and_found_by_their_models() -> None:
     profiles = [read_profile(path) for path in folder.glob("*.json")]
     assert profiles
     for profile in profiles:
-        assert find_profile(profile.model, profile.keep, profile.window, "/nowhere") == profile
+        rule = profile.keep, profile.window
+        assert find_profile(profile.model, None, *rule, "/nowhere") == profile
+        assert profile.weights is not None
         assert profile.data is not None
         assert len(profile.losses) == len(profile.order)
 
@@ -89,21 +105,48 @@ def test_a_models_hash_is_of_the_model_and_not_of_how_it_is_run() -> None:
     assert config_hash(smollm2(max_position_embeddings=1024)) != plain
 
 
-def test_a_profile_measured_here_is_found_by_model_and_rule(tmp_path: Path) -> None:
+def test_a_profile_measured_here_is_found_by_model_weights_and_rule(tmp_path: Path) -> None:
     config = smollm2(intermediate_size=1600)
     mine = profile_of(config)
-    mine.write(cached_path(tmp_path, config_hash(config), mine.keep, mine.window))
+    keep_in(tmp_path, mine, config)
     assert found(config, tmp_path) == mine
-    assert find_profile(model_identity(config), 0.5, 128, tmp_path) is None
-    assert find_profile(model_identity(config), 1 / 3, 64, tmp_path) is None
+    assert find_profile(model_identity(config), WEIGHTS, 0.5, 128, tmp_path) is None
+    assert find_profile(model_identity(config), WEIGHTS, 1 / 3, 64, tmp_path) is None
     assert found(smollm2(intermediate_size=1700), tmp_path) is None
+
+
+def test_a_fine_tune_and_its_base_keep_a_profile_each(tmp_path: Path) -> None:
+    config = smollm2(intermediate_size=1600)
+    base, tuned = profile_of(config), profile_of(config, weights=OTHER_WEIGHTS, order=(7, 8))
+    keep_in(tmp_path, base, config)
+    assert found(config, tmp_path, OTHER_WEIGHTS) is None
+    keep_in(tmp_path, tuned, config)
+    assert found(config, tmp_path, OTHER_WEIGHTS) == tuned
+    assert found(config, tmp_path) == base
+    assert found(config, tmp_path, weights=None) is None
+    assert len(kept_profiles(tmp_path, config_hash(config), 1 / 3, 128)) == 2
+
+
+def test_a_file_that_was_put_in_the_place_of_other_weights_is_not_taken(tmp_path: Path) -> None:
+    """Break seen: a profile taken for the name of its file."""
+    config = smollm2(intermediate_size=1600)
+    path = keep_in(tmp_path, profile_of(config), config)
+    profile_of(config, weights=OTHER_WEIGHTS).write(path)
+    assert found(config, tmp_path) is None
+
+
+def test_a_profile_kept_before_weights_were_told_apart_is_not_taken(tmp_path: Path) -> None:
+    config = smollm2(intermediate_size=1600)
+    old = tmp_path / "orthorank" / f"{config_hash(config)[:32]}-keep0.3333-window128.json"
+    profile_of(config).write(old)
+    assert found(config, tmp_path) is None
+    assert kept_profiles(tmp_path, config_hash(config), 1 / 3, 128) == []
 
 
 def test_a_damaged_file_in_the_cache_is_as_good_as_none(tmp_path: Path) -> None:
     config = smollm2(intermediate_size=1600)
-    path = cached_path(tmp_path, config_hash(config), 1 / 3, 128)
-    path.parent.mkdir()
-    path.write_text('{"format": 3, "name')
+    path = keep_in(tmp_path, profile_of(config), config)
+    path.write_text('{"format": 4, "name')
     assert found(config, tmp_path) is None
 
 
@@ -151,12 +194,14 @@ def test_a_folder_is_not_a_profile(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 1}, "its format is 1 and this orthorank-vllm reads 3; measure it anew"),
+        ({"format": 1}, "its format is 1 and this orthorank-vllm reads 4; measure it anew"),
         ({"order": [4, 4]}, r"\['order'\].*has non-unique elements"),
         ({"order": "4"}, r"\['order'\].*is not of type 'array'"),
         ({"order": [30]}, "layer indices below 30"),
         ({"keep": 1}, r"\['keep'\]"),
         ({"surprise": 1}, "'surprise' was unexpected"),
+        ({"format": 3}, "its format is 3 and this orthorank-vllm reads 4; measure it anew"),
+        ({"weights": "the base's"}, r"\['weights'\]"),
         ({"method": "magic"}, r"\['method'\]"),
         ({"model": {}}, r"\['model'\].*is a required property"),
     ],

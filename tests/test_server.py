@@ -193,6 +193,7 @@ def test_metrics_say_what_is_run(server: Server) -> None:
         "window": "128",
         "layers": ",".join(map(str, LAYERS)),
         "chosen_by": "profile SmolLM2-135M-Instruct",
+        "measured": "true",
         "version": __version__,
     }
     assert server.metric("orthorank_ratio_asked") == RATIO

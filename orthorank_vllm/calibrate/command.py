@@ -5,6 +5,7 @@ Greedy: step by step, the layer is added that raises the loss on a text least.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from orthorank_vllm.arguments import (
@@ -15,12 +16,13 @@ from orthorank_vllm.arguments import (
     parse_option,
     rule_of,
 )
-from orthorank_vllm.calibrate.greedy import Choice, Trial, choose
+from orthorank_vllm.calibrate.greedy import Choice, NothingToTell, Trial, choose
 from orthorank_vllm.calibrate.measurement import (
     DEFAULT_LENGTH,
     DEFAULT_TOKENS,
     Measurement,
     found_so_far,
+    left_profiles,
     unfinished_of,
 )
 from orthorank_vllm.calibrate.progress import TrialBar
@@ -28,7 +30,7 @@ from orthorank_vllm.calibrate.text import BUILT_IN, built_in_text, read_text
 from orthorank_vllm.config import selective_count
 from orthorank_vllm.options import OptionError, parse_ratio
 from orthorank_vllm.outputs import check_writable
-from orthorank_vllm.profiles import Profile, cached_path
+from orthorank_vllm.profiles import Profile, cached_path, kept_folder
 from orthorank_vllm.treatment import Treatment
 
 DEFAULT_MAX_RATIO = 0.5
@@ -69,6 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         OptionError: see the options.
     """
+    from vllm import envs
+
+    from orthorank_vllm.engine import measuring
     from orthorank_vllm.engine.workers import (
         WorkersTrial,
         loaded_workers,
@@ -89,16 +94,21 @@ def run(arguments: argparse.Namespace) -> int:
         model_config, tokenizer_of(model_config).encode, text, treatment, tokens=tokens
     )
     count = selective_count("--max-ratio", max_ratio, treatment.keep, measurement.num_layers)
-    output = Path(arguments.output) if arguments.output else default_output(measurement)
-    if not arguments.output:
-        check_writable(output)
-    choice = found_so_far(measurement, output)
-    if len(choice.order) >= count:
-        print(f"{output} has these {len(choice.order)} layers already, measured in the same way")
-        return 0
-    if choice.trials:
-        print(f"going on from {len(choice.order)} of {count} layers", file=sys.stderr)
+    if arguments.output:
+        left_profiles(Path(arguments.output))
+    else:
+        check_writable(kept_folder(envs.VLLM_CACHE_ROOT) / "profile.json")
     with loaded_workers(vllm_config) as workers:
+        measurement = replace(measurement, weights=workers.call(measuring.fingerprint))
+        output = Path(arguments.output) if arguments.output else default_output(measurement)
+        choice = found_so_far(measurement, output)
+        if len(choice.order) >= count:
+            print(
+                f"{output} has these {len(choice.order)} layers already, measured in the same way"
+            )
+            return 0
+        if choice.trials:
+            print(f"going on from {len(choice.order)} of {count} layers", file=sys.stderr)
         trial = WorkersTrial(workers, measurement.texts, treatment)
         profile = measure(trial, measurement, choice, count, output, breadth)
     print(table(profile))
@@ -114,7 +124,11 @@ def measure(
     output: Path,
     breadth: int | None = None,
 ) -> Profile:
-    """Choose, with a bar, and keep what is found beside `output` after each trial."""
+    """Choose, with a bar, and keep what is found beside `output` after each trial.
+
+    Raises:
+        OptionError: the losses say nothing about the layers; nothing is left.
+    """
     unfinished = unfinished_of(output)
     with TrialBar(choice, count, breadth) as bar:
 
@@ -124,6 +138,14 @@ def measure(
 
         try:
             choose(trial, choice, count, on_trial, breadth)
+        except NothingToTell as error:
+            bar.close()
+            unfinished.unlink(missing_ok=True)
+            raise OptionError(
+                f"MODEL {measurement.name}: its layers cannot be chosen on "
+                f"{measurement.data['name']}, {error}; look at its weights and tokenizer, or give "
+                "other --data"
+            ) from None
         except KeyboardInterrupt:
             bar.close()
             print(
@@ -139,12 +161,25 @@ def measure(
 
 
 def default_output(measurement: Measurement) -> Path:
-    """In vLLM's cache, by the model's configuration and the rule."""
+    """In vLLM's cache, by the model's configuration, its weights and the rule.
+
+    Raises:
+        OptionError: the weights have no fingerprint to find it by.
+    """
     from vllm import envs
 
+    if measurement.weights is None:
+        raise OptionError(
+            "-o: needed with this --load-format, whose weights have no fingerprint by which a "
+            "server could find the profile; give a FILE, and the server --orthorank-profile FILE"
+        )
     treatment = measurement.treatment
     return cached_path(
-        envs.VLLM_CACHE_ROOT, measurement.model["config_sha256"], treatment.keep, treatment.window
+        envs.VLLM_CACHE_ROOT,
+        measurement.model["config_sha256"],
+        measurement.weights,
+        treatment.keep,
+        treatment.window,
     )
 
 

@@ -11,6 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+# Nats per token. Layers of a trained model differ by a thousand times as much; layers closer than
+# this would be told apart by rounding.
+SAME_LOSS = 1e-5
+
 
 class Trial(Protocol):
     """A model on some text; losses are means in nats per token."""
@@ -26,6 +30,10 @@ class OutOfTime(Exception):
     """The time did not suffice to try every layer once."""
 
 
+class NothingToTell(Exception):
+    """The losses say nothing about the layers; why, in half a sentence."""
+
+
 @dataclass
 class Choice:
     """What has been chosen and measured so far; enough to go on from.
@@ -36,6 +44,8 @@ class Choice:
         tried: of the step under way, the loss with each layer tried.
         costs: what each layer added to the loss when it was last tried.
         trials: how many were made in all.
+        chance: the loss of a guess, ln(vocabulary); a model that is no better knows nothing of
+            the text.
     """
 
     num_layers: int
@@ -45,6 +55,7 @@ class Choice:
     tried: dict[int, float] = field(default_factory=dict)
     costs: dict[int, float] = field(default_factory=dict)
     trials: int = 0
+    chance: float = math.inf
 
     @property
     def remaining(self) -> list[int]:
@@ -70,6 +81,9 @@ def choose(
         on_trial: called after each trial.
         breadth: layers tried in each step after the first, those that cost least
             when last tried; None: every remaining one.
+
+    Raises:
+        NothingToTell: all layers cost the same, or the model is no better than chance.
     """
     while len(choice.order) < count:
         # A choice that goes on has no costs yet, and tries every layer once more.
@@ -95,6 +109,7 @@ def choose_within(
         choice: changed in place.
 
     Raises:
+        NothingToTell: see `choose`.
         OutOfTime: not even the first step could be finished.
     """
     deadline = clock() + seconds
@@ -133,6 +148,11 @@ def _step(
     trial.start_step(choice.order)
     if choice.dense_loss is None:
         choice.dense_loss = trial.loss_with(None)
+    if not choice.dense_loss < choice.chance:
+        raise NothingToTell(
+            f"the dense model's loss, {choice.dense_loss:.4g} nats a token, is no better than "
+            f"chance, {choice.chance:.4g}"
+        )
     measured = [choice.dense_loss, *(loss for loss in choice.losses if loss is not None)]
     for layer in sorted(layers):
         if layer in choice.tried:
@@ -145,6 +165,13 @@ def _step(
         on_trial()
     for layer, loss in choice.tried.items():
         choice.costs[layer] = loss - measured[-1]
+    if len(choice.tried) == choice.num_layers > 1:
+        least, most = min(choice.tried.values()), max(choice.tried.values())
+        if not most - least > SAME_LOSS:
+            raise NothingToTell(
+                f"with any of its {choice.num_layers} layers selective the model's loss is the "
+                f"same, {least:.6g} nats a token"
+            )
     # Only what was tried now: the costs of the others are of an earlier step, and too low.
     tried = choice.tried
     layer = min(tried, key=lambda layer: (tried[layer], layer)) if tried else choice.cheapest[0]

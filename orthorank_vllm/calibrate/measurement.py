@@ -1,7 +1,8 @@
 """One calibration: what it is measured on, and its profile while it grows."""
 
 import datetime
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,11 @@ DEFAULT_LENGTH = 512
 
 @dataclass(frozen=True)
 class Measurement:
-    """What has to be the same for two measurements to be one that goes on."""
+    """What has to be the same for two measurements to be one that goes on.
+
+    Attributes:
+        weights: their fingerprint, once they are loaded; None if they have none.
+    """
 
     name: str
     model: dict[str, Any]
@@ -28,6 +33,7 @@ class Measurement:
     data: dict[str, Any]
     dtype: str
     texts: Sequence[Sequence[int]]
+    weights: str | None = None
 
     @classmethod
     def of(
@@ -65,9 +71,13 @@ class Measurement:
     def num_layers(self) -> int:
         return int(self.model["num_hidden_layers"])
 
+    def new_choice(self) -> Choice:
+        """A choice that has nothing yet."""
+        return Choice(self.num_layers, _chance(self.model))
+
     def is_of(self, profile: Profile) -> bool:
         """Whether `profile` was measured in just this way."""
-        return self.profile(Choice(self.num_layers)).identity == profile.identity
+        return self.profile(self.new_choice()).identity == profile.identity
 
     def profile(self, choice: Choice) -> Profile:
         """The profile of what has been chosen so far."""
@@ -75,6 +85,7 @@ class Measurement:
             name=self.name,
             model=self.model,
             method=self.treatment.method,
+            weights=self.weights,
             keep=self.treatment.keep,
             window=self.treatment.window,
             order=tuple(choice.order),
@@ -92,10 +103,15 @@ class Measurement:
         )
 
 
+def _chance(model: Mapping[str, Any]) -> float:
+    return math.log(model["vocab_size"])
+
+
 def choice_of(profile: Profile) -> Choice:
     """Where the measurement of `profile` stopped."""
     return Choice(
         num_layers=int(profile.model["num_hidden_layers"]),
+        chance=_chance(profile.model),
         dense_loss=profile.dense_loss,
         order=list(profile.order),
         losses=list(profile.losses),
@@ -109,25 +125,35 @@ def unfinished_of(output: Path) -> Path:
     return output.with_name(output.name + ".unfinished")
 
 
+def left_profiles(output: Path) -> list[tuple[Path, Profile]]:
+    """What earlier runs left at `output` and beside it, the unfinished first.
+
+    Raises:
+        OptionError: a file is in the way that is no profile.
+    """
+    found = []
+    for path in (unfinished_of(output), output):
+        if not path.exists():
+            continue
+        try:
+            found.append((path, read_profile(path)))
+        except ProfileError as error:
+            raise OptionError(f"-o {path}: {error}; remove it, or give another -o FILE") from None
+    return found
+
+
 def found_so_far(measurement: Measurement, output: Path) -> Choice:
     """What earlier runs of the same measurement left, if anything.
 
     Raises:
         OptionError: a file is in the way that this run must not replace.
     """
-    unfinished = unfinished_of(output)
-    for path in (unfinished, output):
-        if not path.exists():
-            continue
-        try:
-            profile = read_profile(path)
-        except ProfileError as error:
-            raise OptionError(f"-o {path}: {error}; remove it, or give another -o FILE") from None
+    for path, profile in left_profiles(output):
         if measurement.is_of(profile):
             return choice_of(profile)
-        if path == unfinished:
+        if path != output:
             raise OptionError(
                 f"-o {output}: {path.name} holds an unfinished measurement of another model, "
                 "text or rule; finish it with its own options, or remove it"
             )
-    return Choice(measurement.num_layers)
+    return measurement.new_choice()

@@ -139,10 +139,11 @@ def _layers(what: str, engine: EngineStatus) -> Check:
     layers = ",".join(map(str, engine.layers))
     found = f"{len(engine.layers)} of {len(engine.by_layer)} selective [{layers}]"
     if not engine.is_measured:
-        return warning(
+        return failed(
             what,
             f"{found}, guessed: {engine.chosen_by}",
-            "Measure an order with `orthorank calibrate`: guessed layers cost quality",
+            "Do what the server's log says after `OrthoRank guessed its layers`, or measure them "
+            "with `orthorank calibrate` and start anew: guessed layers cost quality",
         )
     return ok(what, f"{found}, chosen by {engine.chosen_by}")
 

@@ -1,6 +1,6 @@
 """Which architectures have an OrthoRank version, and how vLLM is told to load it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from orthorank_vllm.options import OptionError
@@ -24,6 +24,8 @@ SUPPORTED = (
 )
 # To our own names, under which vLLM loads them.
 ORTHORANK_OF = {architecture: f"OrthoRank{architecture}" for architecture in SUPPORTED}
+# Stock, but for a fingerprint of their weights: what the commands measure.
+MEASURED_OF = {architecture: f"Measured{architecture}" for architecture in SUPPORTED}
 
 
 class SwapArchitecture:
@@ -42,27 +44,33 @@ class SwapArchitecture:
         return hf_config
 
 
-def orthorank_architectures(architectures: list[str]) -> list[str]:
+def orthorank_architectures(
+    architectures: list[str], names: Mapping[str, str] = ORTHORANK_OF
+) -> list[str]:
     """
+    Args:
+        names: our names of the architectures.
+
     Raises:
         OptionError: none of the model's architectures has an OrthoRank version.
     """
     for architecture in architectures:
-        if architecture in ORTHORANK_OF.values():
+        if architecture in names.values():
             return [architecture]
-        if architecture in ORTHORANK_OF:
-            return [ORTHORANK_OF[architecture]]
+        if architecture in names:
+            return [names[architecture]]
     raise OptionError(
         f"--orthorank-ratio: not possible with the architecture {', '.join(architectures)}; "
         f"supported are {', '.join(ORTHORANK_OF)}"
     )
 
 
-def hf_overrides_for(engine_args: Any) -> Any:
-    """The `hf_overrides` with which vLLM loads the OrthoRank version of a model.
+def hf_overrides_for(engine_args: Any, names: Mapping[str, str] = ORTHORANK_OF) -> Any:
+    """The `hf_overrides` with which vLLM loads our version of a model.
 
     Args:
         engine_args: vLLM's `EngineArgs`, unchanged.
+        names: our names of the architectures.
 
     Raises:
         OptionError: the architecture is not supported.
@@ -81,7 +89,7 @@ def hf_overrides_for(engine_args: Any) -> Any:
         hf_overrides_kw=None if callable(given) else _flat(given),
         hf_overrides_fn=given if callable(given) else None,
     )
-    architectures = orthorank_architectures(hf_config.architectures or [])
+    architectures = orthorank_architectures(hf_config.architectures or [], names)
     if callable(given):
         return SwapArchitecture(given, architectures)
     return {**given, "architectures": architectures}

@@ -7,10 +7,11 @@ from typing import Any
 from orthorank_vllm.attention import check_way
 from orthorank_vllm.config import resolve
 from orthorank_vllm.engine.architectures import hf_overrides_for
+from orthorank_vllm.engine.fingerprint import loads_weights
 from orthorank_vllm.engine.refusals import check_supported
 from orthorank_vllm.metrics.folder import FOLDER_VARIABLE, prepare_server
 from orthorank_vllm.options import Options, rejected
-from orthorank_vllm.profiles import model_identity
+from orthorank_vllm.profiles import kept_profiles, model_identity
 
 RAY_VARIABLES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
@@ -41,8 +42,11 @@ def configure(
     check_supported(vllm_config)
     model = model_identity(vllm_config.model_config.hf_text_config)
     check_way(options.attention, vllm_config.device_config.device_type)
-    config = resolve(options, model, envs.VLLM_CACHE_ROOT)
-    if config.to_choose:
+    has_weights = loads_weights(vllm_config.load_config)
+    config = resolve(options, model, envs.VLLM_CACHE_ROOT, has_weights)
+    if config.to_choose and not kept_profiles(
+        envs.VLLM_CACHE_ROOT, model["config_sha256"], config.keep, config.window
+    ):
         _check_can_calibrate(vllm_config.model_config, options)
     vllm_config.additional_config = {
         **vllm_config.additional_config,

@@ -117,6 +117,12 @@ def cosines_to_sink(worker: Any, text: Sequence[int]) -> list[list[float]]:
     return rows
 
 
+def fingerprint(worker: Any) -> str | None:
+    """See `Fingerprint.value`."""
+    value: str | None = worker.get_model().fingerprint.value
+    return value
+
+
 def forget_texts(worker: Any) -> None:
     """Free what the functions above keep."""
     for name in ("orthorank_forwards", "orthorank_step"):

@@ -1,7 +1,7 @@
-"""The architectures that vLLM loads: stock models whose forward may take a plan.
+"""The architectures that vLLM loads: stock models that know which weights they were given.
 
-`*ForCausalLM.forward` is plain Python around the compiled model
-(vllm/model_executor/models/llama.py), so the choice of the path is made here.
+Those that serve take a plan in their forward. `*ForCausalLM.forward` is plain Python around the
+compiled model (vllm/model_executor/models/llama.py), so the choice of the path is made here.
 """
 
 from collections.abc import Iterable
@@ -13,18 +13,32 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.models import ModelRegistry
 from vllm.sequence import IntermediateTensors
 
-from orthorank_vllm.engine.architectures import ORTHORANK_OF
+from orthorank_vllm.engine.architectures import MEASURED_OF, ORTHORANK_OF
+from orthorank_vllm.engine.fingerprint import Fingerprint
 from orthorank_vllm.engine.runtime import OrthoRank
 from orthorank_vllm.plan import Plan
 
 
-class OrthoRankForCausalLM:
+class MeasuredForCausalLM:
+    """Put before a stock class: that one, and a fingerprint of its weights."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
+        self.fingerprint = Fingerprint()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        stock: Any = super()
+        loaded: set[str] = stock.load_weights(self.fingerprint.noting(weights))
+        return loaded
+
+
+class OrthoRankForCausalLM(MeasuredForCausalLM):
     """Put before a stock class: without a plan that one's forward, with one the sparse one."""
 
     model: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         self.orthorank = OrthoRank(vllm_config, self.model)
 
     def forward(
@@ -54,18 +68,21 @@ class OrthoRankForCausalLM:
         return OrthoRankModelState
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        stock: Any = super()
-        loaded: set[str] = stock.load_weights(weights)
+        loaded = super().load_weights(weights)
         self.orthorank.weights_changed()
         return loaded
 
 
-def orthorank_class(name: str) -> type:
-    """The OrthoRank version of an architecture, made of vLLM's own class of it.
+def class_of(name: str) -> type:
+    """Our version of an architecture, made of vLLM's own class of it.
 
     Args:
-        name: one of `ORTHORANK_OF`'s values.
+        name: one of `ORTHORANK_OF`'s or `MEASURED_OF`'s values.
     """
-    architecture = next(stock for stock, ours in ORTHORANK_OF.items() if ours == name)
+    names: dict[str, str] = ORTHORANK_OF
+    ours: type = OrthoRankForCausalLM
+    if name not in names.values():
+        names, ours = MEASURED_OF, MeasuredForCausalLM
+    architecture = next(stock for stock, version in names.items() if version == name)
     stock_class = ModelRegistry.models[architecture].load_model_cls()
-    return type(name, (OrthoRankForCausalLM, stock_class), {"__module__": __name__})
+    return type(name, (ours, stock_class), {"__module__": __name__})

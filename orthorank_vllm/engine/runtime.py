@@ -105,9 +105,9 @@ class OrthoRank:
             )
         if not config.measured:
             logger.warning(
-                "OrthoRank has no measured layer order for this model: its layers are evenly "
-                "spaced, which costs quality. Measure one with `orthorank calibrate`, or give "
-                "--orthorank-profile, --orthorank-layers or more --orthorank-calibrate-seconds."
+                "OrthoRank guessed its layers, which costs quality (%s): %s.",
+                config.source,
+                config.remedy,
             )
 
     def _split_of(self, layer: int) -> SplitWeight | None:

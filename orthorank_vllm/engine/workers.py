@@ -7,7 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from orthorank_vllm.engine import measuring
-from orthorank_vllm.engine.architectures import orthorank_architectures
+from orthorank_vllm.engine.architectures import (
+    MEASURED_OF,
+    hf_overrides_for,
+    orthorank_architectures,
+)
+from orthorank_vllm.engine.fingerprint import loads_weights
 from orthorank_vllm.options import OptionError
 from orthorank_vllm.treatment import Treatment
 
@@ -50,12 +55,14 @@ def measuring_config(arguments: argparse.Namespace) -> Any:
         arguments: parsed by a parser with vLLM's `EngineArgs.add_cli_args`.
 
     Raises:
-        OptionError: vLLM cannot load the model, or its layers are not like Llama's.
+        OptionError: vLLM cannot load the model, its layers are not like Llama's, or there
+            would be no weights to measure.
     """
     from vllm.engine.arg_utils import EngineArgs
 
     with _mistakes_in_one_line(arguments.model):
         engine_args = EngineArgs.from_cli_args(arguments)
+        engine_args.hf_overrides = hf_overrides_for(engine_args, MEASURED_OF)
         # One process where one will do: half the memory, and Ctrl-C meets no child.
         if engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size == 1:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -65,7 +72,11 @@ def measuring_config(arguments: argparse.Namespace) -> Any:
         engine_args.gpu_memory_utilization = 0.01
         engine_args.max_num_seqs = 1
         vllm_config = engine_args.create_engine_config()
-    orthorank_architectures(vllm_config.model_config.architectures)
+    if not loads_weights(vllm_config.load_config):
+        raise OptionError(
+            f"--load-format {vllm_config.load_config.load_format}: not possible here, it loads no "
+            "weights, and random ones tell nothing; leave it out"
+        )
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise OptionError(
             f"--pipeline-parallel-size {vllm_config.parallel_config.pipeline_parallel_size}: "
@@ -114,6 +125,8 @@ def tokenizer_of(model_config: Any) -> Any:
 def _mistakes_in_one_line(model: str) -> Iterator[None]:
     try:
         yield
+    except OptionError:
+        raise
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise OptionError(f"MODEL {model}: vLLM cannot load it ({reason})") from None

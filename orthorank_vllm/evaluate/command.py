@@ -30,9 +30,13 @@ from orthorank_vllm.options import OptionError
 from orthorank_vllm.profiles import (
     Profile,
     ProfileError,
-    find_profile,
+    cached_path,
+    kept_profiles,
     model_identity,
+    read_profile,
     read_profile_of,
+    shipped_profile,
+    shipped_profiles,
 )
 from orthorank_vllm.treatment import Treatment
 
@@ -75,6 +79,9 @@ def run(arguments: argparse.Namespace) -> int:
     results.profiles["orthorank"] = profile
 
     with loaded_workers(vllm_config) as workers:
+        weights = workers.call(measuring.fingerprint)
+        _check_weights(profile, weights, arguments.profile)
+        pruning = replace(pruning, weights=weights)
         if "prune" in asked.methods and any(asked.ratios):
             count = selective_count("--ratios", max(asked.ratios), 0, pruning.num_layers)
             trial = WorkersTrial(workers, pruning.texts, pruning.treatment)
@@ -157,12 +164,43 @@ def _profile(path: str | None, model: dict[str, Any], treatment: Treatment) -> P
             return read_profile_of(model, path)
         except ProfileError as error:
             raise OptionError(f"--profile {path}: {error}") from None
-    found = find_profile(model, treatment.keep, treatment.window, envs.VLLM_CACHE_ROOT)
+    kept = kept_profiles(
+        envs.VLLM_CACHE_ROOT, model["config_sha256"], treatment.keep, treatment.window
+    )
+    try:
+        found = read_profile(kept[0]) if kept else shipped_profile(model)
+    except ProfileError:
+        found = shipped_profile(model)
     if found is None:
         raise OptionError(
             "--profile: none is known for this model; run `orthorank calibrate` first, or give one"
         )
     return found
+
+
+def _check_weights(profile: Profile, weights: str | None, path: str | None) -> None:
+    """What a server would take, now that the weights are loaded.
+
+    Raises:
+        OptionError: it would take another profile, as this one is kept for other weights.
+    """
+    from vllm import envs
+
+    if weights is None or profile.weights in (None, weights):
+        return
+    told = f"the profile {profile.name} was measured on other weights of this shape"
+    if path is not None or profile in shipped_profiles():
+        print(f"note: {told}", file=sys.stderr)
+        return
+    own = cached_path(
+        envs.VLLM_CACHE_ROOT,
+        profile.model["config_sha256"],
+        weights,
+        profile.keep,
+        profile.window,
+    )
+    give = f"give --profile {own}" if own.exists() else "run `orthorank calibrate` on these"
+    raise OptionError(f"--profile: {told}, and a server would not take it; {give}")
 
 
 def _pruning(

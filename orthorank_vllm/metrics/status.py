@@ -6,7 +6,6 @@ from typing import Any
 
 from prometheus_client import Metric
 
-from orthorank_vllm.config import is_measured
 from orthorank_vllm.metrics import names
 
 
@@ -144,7 +143,7 @@ def _take(status: EngineStatus, name: str, labels: Mapping[str, str], value: flo
         status.window = int(labels["window"])
         status.layers = [int(layer) for layer in labels["layers"].split(",")]
         status.chosen_by = labels["chosen_by"]
-        status.is_measured = is_measured(labels["chosen_by"])
+        status.is_measured = labels.get("measured") != "false"
     elif name in _COUNTS:
         setattr(status, _COUNTS[name], int(value))
     elif name in _AMOUNTS:

@@ -85,6 +85,7 @@ class WorkerMetrics:
             window=str(config.window),
             layers=",".join(map(str, config.layers)),
             chosen_by=config.source,
+            measured=str(config.measured).lower(),
             version=__version__,
         )
         gauge(names.RATIO_CONFIGURED, config.ratio)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orthorank_vllm.calibrate.text import read_text, segments
-from orthorank_vllm.cli import main
 from orthorank_vllm.profiles import Profile, read_profile
 from tests.commands import refusal
-from tests.models import WEIGHT_ONLY
+from tests.models import WEIGHT_ONLY, fingerprint_of, write_untrained
 from tests.reference import Reference, Rule
 
 OPTIONS = ["--dtype", "float32", "--tokens", "1024", "--max-ratio", "0.4", "--window", "64"]
@@ -90,7 +90,9 @@ def test_each_step_takes_the_layer_that_raises_the_references_loss_least(
 
 
 @pytest.mark.model
-def test_a_profile_says_how_it_was_made(finished: Path, text_path: Path) -> None:
+def test_a_profile_says_how_it_was_made(
+    finished: Path, small_model_path: str, text_path: Path
+) -> None:
     import hashlib
 
     profile = read_profile(finished)
@@ -102,6 +104,7 @@ def test_a_profile_says_how_it_was_made(finished: Path, text_path: Path) -> None
         "length": 512,
     }
     assert (profile.keep, profile.window, profile.method) == (1 / 3, 64, "orthorank")
+    assert profile.weights == fingerprint_of(small_model_path)
     assert profile.trials == 6 + 5 + 4 + 3
     assert profile.versions.keys() == {"orthorank-vllm", "vllm", "torch"}
     assert [path.name for path in finished.parent.iterdir()] == ["small.json"]
@@ -156,14 +159,41 @@ def test_a_stopped_calibration_goes_on_where_it_was(
 
 
 @pytest.mark.model
-def test_what_was_measured_is_not_measured_again(
-    capsys: pytest.CaptureFixture[str], finished: Path, small_model_path: str, text_path: Path
+def test_what_was_measured_is_not_measured_again_on_the_same_weights(
+    finished: Path, small_model_path: str, text_path: Path, tmp_path: Path
 ) -> None:
+    """Break seen: weights not told apart, a fine-tune "had these layers already"."""
     before = finished.read_bytes()
-    options = [*OPTIONS, "--data", str(text_path), "-o", str(finished)]
-    assert main(["calibrate", small_model_path, *options]) == 0
-    assert "has these 4 layers already" in capsys.readouterr().out
+    options = ["--data", str(text_path), "-o"]
+    process = calibrate(small_model_path, *options, str(finished))
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert "has these 4 layers already" in stdout
     assert finished.read_bytes() == before
+
+    others = tmp_path / "others.json"
+    replace(read_profile(finished), weights="0" * 64).write(others)
+    process = calibrate(small_model_path, *options, str(others))
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert f"wrote {others}" in stdout
+    assert read_profile(others).weights == fingerprint_of(small_model_path)
+
+
+@pytest.mark.model
+def test_a_model_no_better_than_chance_is_refused_and_leaves_nothing(
+    small_model_path: str, text_path: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out" / "new.json"
+    model = write_untrained(small_model_path, tmp_path / "untrained")
+    process = calibrate(model, "--data", str(text_path), "-o", str(output))
+    _, stderr = process.communicate()
+    assert process.returncode == 2
+    [line] = [line for line in stderr.splitlines() if "orthorank calibrate: error" in line]
+    assert "MODEL untrained: its layers cannot be chosen on text.txt, the dense model's" in line
+    assert "nats a token, is no better than chance, 10.8" in line
+    assert "Traceback" not in stderr
+    assert list(output.parent.iterdir()) == []
 
 
 @pytest.mark.model
@@ -180,7 +210,8 @@ def test_what_was_measured_is_not_measured_again(
         (["--data", "{short}"], "it is too short, 4 stretches of 512 tokens are needed"),
         (["-o", "/proc/none/profile.json"], "-o /proc/none/profile.json: it cannot be written"),
         (["-o", "{folder}"], "it cannot be written (it is a folder)"),
-        (["-o", "{old}"], "its format is 1 and this orthorank-vllm reads 3"),
+        (["-o", "{old}"], "its format is 1 and this orthorank-vllm reads 4"),
+        (["--load-format", "dummy"], "--load-format dummy: not possible here, it loads no weights"),
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2: not possible here"),
     ],
 )

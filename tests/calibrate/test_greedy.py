@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orthorank_vllm.calibrate.greedy import Choice, OutOfTime, choose, choose_within
+from orthorank_vllm.calibrate.greedy import Choice, NothingToTell, OutOfTime, choose, choose_within
 
 
 class Losses:
@@ -54,6 +54,10 @@ def chosen(losses: Losses, count: int, breadth: int | None = None) -> Choice:
     return choice
 
 
+def within_time(losses: Losses, choice: Choice, count: int) -> None:
+    choose_within(losses, choice, count, seconds=100, clock=lambda: 0.0)
+
+
 def test_layers_that_are_cheap_alone_and_dear_together_are_not_both_taken() -> None:
     losses = Losses([0.1, 0.1, 0.5, 0.6], {frozenset({0, 1}): 1.0})
     assert chosen(losses, 3).order == [0, 2, 3]
@@ -73,6 +77,34 @@ def test_a_loss_that_is_not_a_number_never_wins() -> None:
     assert chosen(Losses([math.nan, 0.5, 0.2]), 2).order == [2, 1]
 
 
+def test_a_model_no_better_than_chance_tells_nothing_and_no_layer_is_tried() -> None:
+    losses = Losses([0.1, 0.2])
+    for run in (choose, within_time):
+        with pytest.raises(NothingToTell, match=r"loss, 3 nats a token, .* chance, 2\.99"):
+            run(losses, Choice(2, chance=2.99), 1)
+    assert losses.tried == []
+    assert chosen(losses, 1).order == [0]
+
+
+def test_a_dense_loss_that_is_not_a_number_tells_nothing() -> None:
+    losses = Losses([0.1, 0.2])
+    choice = Choice(2, dense_loss=math.nan)
+    with pytest.raises(NothingToTell, match="nan nats"):
+        choose(losses, choice, 1)
+
+
+@pytest.mark.parametrize("costs", [[0.1] * 4, [0.1, 0.100001, 0.1, 0.1], [math.nan] * 4])
+def test_layers_that_all_cost_the_same_tell_nothing(costs: list[float]) -> None:
+    """Break seen: layers 0 to 13 of random weights, by the rule for ties."""
+    for run in (choose, within_time):
+        with pytest.raises(NothingToTell, match=r"any of its 4 layers selective .* same"):
+            run(Losses(costs), Choice(4), 2)
+
+
+def test_a_model_of_one_layer_has_nothing_to_compare() -> None:
+    assert chosen(Losses([0.1]), 1).order == [0]
+
+
 def test_after_the_first_step_a_breadth_tries_only_the_cheapest() -> None:
     losses = Losses([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     choice = chosen(losses, 3, breadth=2)
@@ -89,7 +121,10 @@ def test_a_layer_is_not_taken_for_what_it_cost_in_an_earlier_step() -> None:
     assert choice.losses == pytest.approx([3.1, 4.3])
 
 
-COSTS = st.lists(st.floats(0, 1, allow_nan=False), min_size=2, max_size=7)
+# Not all the same: such tell nothing.
+COSTS = st.lists(st.floats(0, 1, allow_nan=False), min_size=2, max_size=7).filter(
+    lambda costs: max(costs) - min(costs) > 1e-3
+)
 
 
 @given(COSTS, st.data())

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from orthorank_vllm.cli import main
-from orthorank_vllm.config import UNMEASURED, OrthoRankConfig
+from orthorank_vllm.config import CALIBRATION_OFF, OrthoRankConfig
 from orthorank_vllm.metrics import folder
 from orthorank_vllm.metrics.worker import WorkerMetrics
 from tests.commands import refusal
@@ -88,11 +88,13 @@ def test_a_server_without_orthorank_fails(shared: Path, capsys: pytest.CaptureFi
     assert "--orthorank-ratio" in checks["OrthoRank"]["mend"]
 
 
-def test_guessed_layers_are_a_warning(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    worker(replace(CONFIG, source=UNMEASURED))
+def test_guessed_layers_fail(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Break seen: a warning, with which the exit status is 0."""
+    worker(replace(CONFIG, to_choose=1, num_layers=6).evenly_spaced(*CALIBRATION_OFF))
     status, checks = examine(shared, capsys)
-    assert status == 0
-    assert checks["layers"]["state"] == "warning"
+    assert status == 1
+    assert checks["layers"]["state"] == "FAILED"
+    assert "not measured: --orthorank-calibrate-seconds is 0" in checks["layers"]["found"]
     assert "orthorank calibrate" in checks["layers"]["mend"]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Prompts
-from tests.models import write_random
+from tests.models import fingerprint_of, write_random
 from tests.replay import SAFE_MARGIN, TOLERANCE
 from tests.scripts import Script
 
@@ -61,6 +61,8 @@ counted = {
     "active": [told("active"), [1]],
     "configured": [told("config_info"), [1]],
 }
+from orthorank_vllm.engine import measuring
+fingerprints = engine.core.model_executor.collective_rpc(measuring.fingerprint)
 spoilt = engine.core.model_executor.collective_rpc(spoil)
 verdicts.append(replay(engine.run([Job(prompt) for prompt in spoiled_prompts]), reference))
 answer({
@@ -70,6 +72,7 @@ answer({
     "skipped": sum(r.skipped for verdict in verdicts for r in verdict.requests.values()),
     "counted": counted,
     "spoilt": sorted(spoilt),
+    "fingerprints": fingerprints,
 })
 """
 
@@ -83,6 +86,7 @@ def check(path: str, ranks: int, rule: dict[str, Any], prompts: list[list[int]])
     one_thread = {"OMP_NUM_THREADS": "1"}
     answer = Script(SERVE, path, ranks, rule, prompts[:-1], prompts[-1:], **one_thread).answer
     assert answer["spoilt"] == list(range(ranks))
+    assert answer["fingerprints"] == [fingerprint_of(path)] * ranks
     assert answer["margin"] > SAFE_MARGIN, "float noise chose: take other prompts"
     assert max(answer["worst"]) < TOLERANCE
     assert answer["compared"] > sum(len(prompt) for prompt in prompts)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orthorank_vllm.calibrate.text import built_in_text
 from orthorank_vllm.cli import main
-from orthorank_vllm.profiles import Profile, model_identity
+from orthorank_vllm.profiles import Profile, cached_path, model_identity, read_profile
 from tests.commands import refusal
 from tests.reference import Reference, Rule
 
@@ -64,15 +65,20 @@ def options(folder: Path) -> list[str]:
     ]
 
 
-def evaluate(small_model_path: str, folder: Path) -> tuple[str, str]:
+def run(model_path: str, *given: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     program = Path(sys.executable).with_name("orthorank")
-    result = subprocess.run(
-        [str(program), "evaluate", small_model_path, *options(folder)],
+    inherited = {name: value for name, value in os.environ.items() if name != "VLLM_LOGGING_LEVEL"}
+    return subprocess.run(
+        [str(program), "evaluate", model_path, *given],
         capture_output=True,
         text=True,
-        env={name: value for name, value in os.environ.items() if name != "VLLM_LOGGING_LEVEL"},
+        env={**inherited, **environment},
         check=False,
     )
+
+
+def evaluate(small_model_path: str, folder: Path) -> tuple[str, str]:
+    result = run(small_model_path, *options(folder))
     assert result.returncode == 0, result.stderr
     return result.stdout, result.stderr
 
@@ -255,3 +261,22 @@ def test_a_model_without_a_profile_is_sent_to_calibrate(
     options = ["--dtype", "float32", "--data", test, "--length", "256", "-o", str(tmp_path / "o")]
     assert main(["evaluate", small_model_path, *options]) == 2
     assert "run `orthorank calibrate` first, or give one" in capsys.readouterr().err
+
+
+def test_a_profile_that_is_kept_for_other_weights_is_not_taken_for_these(
+    small_model_path: str, folder: Path, tmp_path: Path
+) -> None:
+    """Break seen: a fine-tune evaluated with its base's layers, which no server takes."""
+    given = read_profile(folder / "profile.json")
+    path = cached_path(tmp_path, given.model["config_sha256"], "a" * 64, 1 / 3, 128)
+    replace(given, weights="a" * 64).write(path)
+    plain = ["--dtype", "float32", "--data", str(folder / "test.txt"), "--length", "256"]
+    plain += ["--ratios", "0", "--against", "random", "-o", str(tmp_path / "out")]
+    refused = run(small_model_path, *plain, VLLM_CACHE_ROOT=str(tmp_path))
+    assert refused.returncode == 2
+    assert "the profile mine was measured on other weights of this shape" in refused.stderr
+    assert "run `orthorank calibrate` on these" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    told = run(small_model_path, *plain, "--profile", str(path))
+    assert told.returncode == 0, told.stderr
+    assert "note: the profile mine was measured on other weights" in told.stderr

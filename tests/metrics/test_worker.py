@@ -48,11 +48,24 @@ def test_what_is_run_stands_in_labels(registry: CollectorRegistry) -> None:
         "window": "128",
         "layers": "1,3",
         "chosen_by": "profile p",
+        "measured": "true",
         "version": __version__,
     }
     assert value("orthorank_config_info", {**LABELS, **told}) == 1
     assert value("orthorank_ratio_asked", LABELS) == 0.3
     assert value("orthorank_ratio_configured", LABELS) == pytest.approx(2 / 5 * 2 / 3)
+
+
+def test_guessed_layers_are_told_by_a_label(registry: CollectorRegistry) -> None:
+    config = replace(CONFIG, to_choose=1, num_layers=6).evenly_spaced("no time", "more time")
+    WorkerMetrics(LABELS, range(6)).tell(config)
+    [told] = [
+        sample.labels
+        for metric in registry.collect()
+        for sample in metric.samples
+        if sample.name == "orthorank_config_info"
+    ]
+    assert (told["measured"], told["chosen_by"]) == ("false", "even spacing, not measured: no time")
 
 
 def test_no_ratio_asked_is_told_where_none_was(registry: CollectorRegistry) -> None:
