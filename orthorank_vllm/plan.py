@@ -59,8 +59,8 @@ class Plan:
         sink_row: [R] row of their position 0, or -1 where this forward lacks it.
         selected_per_request: [batch] selected rows of each request; a prompt's
             last token that also wins is counted twice (see `selection.select`).
-        read: [N] rows whose output is read, ascending: each request's last, and
-            all past its prompt. None if all are.
+        read: [N] rows whose output is read, ascending: each request's last, its
+            prompt's last, and all past its prompt. None if all are.
         read_per_request: [batch] how many those are.
         num_tokens: rows in the batch.
         window: positions per window, 0 for the whole prompt.
@@ -137,7 +137,11 @@ def make_plan(batch: Batch, keep: float, window: int) -> Plan | None:
     winner_part = np.repeat(np.arange(len(size)), wins)
     winners = np.arange(wins.sum()) + (part_start - np.cumsum(wins) + wins)[winner_part]
 
+    # vLLM reads a request's last row and, before that, each row that a guess follows (speculation).
+    # The first of these can be the prompt's last: a request with a single token left is given
+    # placeholders for guesses at once (vllm/v1/core/sched/scheduler.py, `pad_spec_decode`).
     is_read = ~is_prompt
+    is_read[prompt_rows[is_last]] = True
     is_read[np.cumsum(batch.query_len) - 1] = True
 
     request_of_candidate = request[competes]

@@ -159,7 +159,12 @@ def replay(run: Run, reference: Reference, earlier: Sequence[Request] = ()) -> V
         for part in forward:
             job = run.jobs[part.request_id]
             request = requests.get(part.request_id)
-            start, end = part.num_computed, part.num_computed + part.num_tokens
+            # A guess that was not accepted was no token of the request: its row says nothing, and
+            # its position is computed again once there is one.
+            known = len(job.prompt) + len(job.generated) - 1
+            start, end = part.num_computed, min(part.num_computed + part.num_tokens, known)
+            if start >= end:
+                continue
             if request is None:
                 request = _begin(reference, job.prompt, start, [*earlier, *requests.values()])
                 requests[part.request_id] = request

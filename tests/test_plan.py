@@ -97,11 +97,24 @@ def test_the_sink_is_in_the_batch_only_with_position_0() -> None:
 
 
 def test_only_sampled_rows_are_read() -> None:
-    """A chunk's end, a prompt's end, a decode, and three tokens to verify."""
-    plan = plan_of((0, 20, 40), (10, 30, 40), (50, 1, 40), (39, 4, 40))
+    """A chunk's end, a prompt's end, a decode, and one with three guesses to verify."""
+    plan = plan_of((0, 20, 40), (10, 30, 40), (50, 1, 40), (40, 4, 40))
     assert plan.read is not None
-    assert plan.read.tolist() == [19, 49, 50, 52, 53, 54]
-    assert plan.read_per_request.tolist() == [1, 1, 1, 3]
+    assert plan.read.tolist() == [19, 49, 50, 51, 52, 53, 54]
+    assert plan.read_per_request.tolist() == [1, 1, 1, 4]
+
+
+@pytest.mark.parametrize("guesses", [1, 3])
+@pytest.mark.parametrize("computed", [0, 40])
+def test_a_prompts_last_row_is_read_before_guesses_too(computed: int, guesses: int) -> None:
+    """One token is left, and what was guessed after it is to be verified; then another prompt.
+
+    Break seen: each request's last row, and those past its prompt.
+    """
+    plan = plan_of((computed, 1 + guesses, computed + 1), (0, 20, 20))
+    assert plan.read is not None
+    assert plan.read.tolist() == [*range(1 + guesses), guesses + 20]
+    assert plan.read_per_request.tolist() == [1 + guesses, 1]
 
 
 def test_all_rows_are_read_where_prompt_log_probabilities_are_wanted() -> None:

@@ -136,6 +136,47 @@ def test_all_rows_are_read_if_one_request_wants_its_prompts_log_probabilities() 
         assert batch.is_read_whole == wants
 
 
+GUESSES = 3
+
+
+def read_by_vllm(rows: list[Row], guesses: list[int]) -> list[int]:
+    """`logits_indices`: the last row of each request, and one for each guess."""
+    ends = np.cumsum([row.scheduled for row in rows])
+    return [
+        row
+        for end, count in zip(ends.tolist(), guesses, strict=True)
+        for row in range(end - count - 1, end)
+    ]
+
+
+@pytest.mark.parametrize("form", ["0.26", "0.32"])
+@pytest.mark.parametrize("is_cached", [True, False])
+@pytest.mark.parametrize("requests", range(1, 5))
+@pytest.mark.parametrize("left", range(1, 6))
+def test_rows_that_vllm_reads_are_read_whatever_is_left_of_prompts(
+    left: int, requests: int, is_cached: bool, form: str
+) -> None:
+    """Between a request that verifies guesses and a whole prompt.
+
+    A prompt of which the cache leaves one token is padded with places for guesses.
+
+    Breaks seen: a row before guesses not read where it is of the prompt; a prompt's last row not
+    read.
+    """
+    padding = GUESSES if is_cached and left == 1 else 0
+    rows = [Row(0, 77, 1 + GUESSES, 60)]
+    rows += [Row(slot, 64, left + padding, 64 + left) for slot in range(1, 1 + requests)]
+    rows += [Row(7, 0, 140, 140)]
+    step = Step(rows)
+    batch = batch_of(step.inputs(form), step.states, step.facts)
+    assert batch is not None
+    assert batch.prompt_tokens.tolist() == [0, *[left] * requests, 140]
+    plan = make_plan(batch, 1 / 3, 128)
+    assert plan is not None
+    assert plan.read is not None
+    assert plan.read.tolist() == read_by_vllm(rows, [GUESSES, *[padding] * requests, 0])
+
+
 class Recorder:
     """`OrthoRank` as the model's state calls it."""
 
