@@ -18,6 +18,8 @@ from orthorank_vllm.profiles import (
 # ones (which form the prediction) stay dense.
 UNMEASURED_DENSE_HEAD = 3
 UNMEASURED_DENSE_TAIL = 2
+# Of look-ups: with fewer found a start warns.
+FEW_LOOKUPS = 0.9
 EVEN_SPACING = "even spacing, not measured"
 
 # Why a start does not measure, and what would help.
@@ -42,6 +44,8 @@ class OrthoRankConfig:
             where `layers` is final.
         measured_on: fingerprint of the weights that `layers` were measured on; empty
             where nothing was measured, or it is not known.
+        lookups: share of the numbers in a list in its prompt that is found, of those that the
+            dense model finds; None where that was not measured.
         remedy: what would get measured layers, where these are guessed.
     """
 
@@ -55,6 +59,7 @@ class OrthoRankConfig:
     calibrate_seconds: float = 0.0
     attention: str = "auto"
     measured_on: str = ""
+    lookups: float | None = None
     remedy: str = ""
 
     @property
@@ -83,7 +88,11 @@ class OrthoRankConfig:
     def with_profile(self, profile: Profile) -> "OrthoRankConfig":
         """The same with the first layers of a profile, as many as are to be chosen."""
         chosen = self.with_layers(profile.order[: self.to_choose], profile.describe(self.keep))
-        return replace(chosen, measured_on=profile.weights or "")
+        return replace(
+            chosen,
+            measured_on=profile.weights or "",
+            lookups=profile.lookups_with(self.to_choose, self.keep, self.window),
+        )
 
     def evenly_spaced(self, reason: str, remedy: str) -> "OrthoRankConfig":
         """The same with layers that nothing was measured for.
@@ -120,6 +129,22 @@ class OrthoRankConfig:
             f"{len(self.layers)} of {self.num_layers} layers selective "
             f"[{','.join(map(str, self.layers))}], chosen by {self.source}"
         )
+
+    def describe_lookups(self) -> str:
+        """What the layers do to finding things in a prompt; empty where next to nothing is lost."""
+        if self.lookups is None:
+            return (
+                "OrthoRank has not measured whether the model still finds things in its prompt "
+                "with these layers: look-ups can fail where prose looks well. Try your own before "
+                "you serve it."
+            )
+        if self.lookups < FEW_LOOKUPS:
+            return (
+                f"With these layers the model finds {self.lookups:.0%} of the numbers in a list in "
+                "its prompt that it finds without OrthoRank: do not serve prompts in which things "
+                "must be found at this ratio."
+            )
+        return ""
 
 
 def resolve(

@@ -40,6 +40,8 @@ class Profile:
         weights: fingerprint of those measured on (`engine.fingerprint`); None if there is none.
         order: layers, the one that costs least first.
         losses: nats per token after each; None where it was not measured.
+        lookups: after each, the share of the numbers in a list in its prompt that is still found,
+            of those that the dense model finds; None or missing where it was not measured.
         tried: of a step under way, the loss with each layer tried.
         data: of the calibration text, "name", "sha256", "tokens" and "length".
     """
@@ -52,6 +54,7 @@ class Profile:
     method: str = "orthorank"
     weights: str | None = None
     losses: tuple[float | None, ...] = ()
+    lookups: tuple[float | None, ...] = ()
     dense_loss: float | None = None
     tried: dict[int, float] = field(default_factory=dict)
     trials: int = 0
@@ -70,6 +73,11 @@ class Profile:
         """For the start-up line of a server that runs with `keep`."""
         other = f" (measured with keep {self.keep:.3f})" if abs(self.keep - keep) > 1e-3 else ""
         return f"profile {self.name}{other}"
+
+    def lookups_with(self, layers: int, keep: float, window: int) -> float | None:
+        """The share of look-ups that is found with so many layers; None if it was not measured."""
+        is_the_rule = abs(self.keep - keep) < 1e-3 and self.window == window
+        return self.lookups[layers - 1] if is_the_rule and layers <= len(self.lookups) else None
 
     def fits(self, model_shape: Mapping[str, Any]) -> bool:
         return all(self.model[key] == model_shape.get(key) for key in SHAPE_KEYS)
@@ -245,6 +253,7 @@ def _from_json(content: Any) -> Profile:
             **fields,
             "order": tuple(content["order"]),
             "losses": tuple(content.get("losses", ())),
+            "lookups": tuple(content.get("lookups", ())),
             "tried": {int(layer): loss for layer, loss in content.get("tried", {}).items()},
         }
     )

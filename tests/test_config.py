@@ -1,6 +1,7 @@
 """What a user may ask for, and the one line that answers what he may not."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +253,36 @@ def test_a_profiles_weights_go_with_its_layers() -> None:
 def test_a_profile_measured_with_another_keep_says_so() -> None:
     source = resolved(ratio=0.3, keep=0.25).source
     assert source == "profile SmolLM2-135M-Instruct (measured with keep 0.333)"
+
+
+def with_lookups(lookups: list[float | None]) -> Profile:
+    return Profile(
+        name="mine", model=SMOLLM2, order=(5, 4, 6), keep=1 / 3, window=128, lookups=tuple(lookups)
+    )
+
+
+@pytest.mark.parametrize(
+    ("lookups", "said"),
+    [
+        ([], "has not measured whether the model still finds things"),
+        ([None, None, 1.0], "has not measured whether the model still finds things"),
+        ([None, 0.04], "finds 4% of the numbers in a list"),
+    ],
+)
+def test_a_start_says_what_becomes_of_look_ups(lookups: list[float | None], said: str) -> None:
+    config = replace(resolved(layers=[0]), to_choose=2).with_profile(with_lookups(lookups))
+    assert said in config.describe_lookups()
+
+
+def test_a_start_says_nothing_of_look_ups_that_are_found() -> None:
+    config = replace(resolved(layers=[0]), to_choose=2).with_profile(with_lookups([1.0, 0.95]))
+    assert config.describe_lookups() == ""
+
+
+def test_look_ups_measured_with_another_rule_say_nothing() -> None:
+    other = replace(resolved(layers=[0]), to_choose=2, keep=0.5)
+    assert other.with_profile(with_lookups([1.0, 1.0])).lookups is None
+
+
+def test_layers_given_by_hand_are_not_said_to_find_things() -> None:
+    assert "has not measured" in resolved(layers=[7, 26]).describe_lookups()

@@ -103,6 +103,8 @@ class OrthoRank:
                 "OrthoRank's path for GPUs has never run on one: before you rely on it, compare "
                 "its outputs and its speed with stock vLLM's (`orthorank device-check`)."
             )
+        if config.describe_lookups():
+            logger.warning(config.describe_lookups())
         if not config.measured:
             logger.warning(
                 "OrthoRank guessed its layers, which costs quality (%s): %s.",
