@@ -36,7 +36,7 @@ def test_a_broken_file_of_ours_takes_nothing_down(server: Server) -> None:
     """Break seen: it lay in the folder that vLLM's own metrics are read from."""
     file = server.counts_file()
     os.truncate(file, 0)
-    assert server.metric("vllm:num_requests_running") == 0
+    assert server.metric("vllm:prompt_tokens_total") >= 0
     assert " 0.0" in next(
         line for line in server.get("/metrics").splitlines() if line.startswith("orthorank_up{")
     )

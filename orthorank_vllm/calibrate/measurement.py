@@ -73,7 +73,7 @@ class Measurement:
 
     def new_choice(self) -> Choice:
         """A choice that has nothing yet."""
-        return Choice(self.num_layers, _chance(self.model))
+        return Choice(self.num_layers, chance=_chance(self.model))
 
     def is_of(self, profile: Profile) -> bool:
         """Whether `profile` was measured in just this way."""

@@ -23,6 +23,7 @@ from orthorank_vllm.metrics.merging import merged
 from orthorank_vllm.metrics.shared_folders import make_shared, open_own, places
 
 FOLDER_VARIABLE = "ORTHORANK_METRICS_DIR"
+MODEL_VARIABLE = "ORTHORANK_METRICS_MODEL"
 SHARED_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 
@@ -76,11 +77,13 @@ def prepare_server(model_name: str, cache_root: str) -> None:
         cache_root: for the folder, where there is no better place.
     """
     global _collector
-    if _collector is None:
-        _collector = _inherited() or _with_new_folder(cache_root)
-        REGISTRY.register(_collector)
-    _collector.model_names.add(model_name)
-    os.environ[FOLDER_VARIABLE] = _collector.path
+    collector = _reader()
+    if collector is None:
+        collector = _collector = _with_new_folder(cache_root)
+        REGISTRY.register(collector)
+    collector.model_names.add(model_name)
+    os.environ[FOLDER_VARIABLE] = collector.path
+    os.environ[MODEL_VARIABLE] = model_name
 
 
 def metrics_folder() -> str | None:
@@ -90,7 +93,8 @@ def metrics_folder() -> str | None:
 
 def orthorank_metrics() -> list[Metric]:
     """What the workers have counted so far; to be called in a process that serves HTTP."""
-    return [] if _collector is None else _collector.collect()
+    collector = _reader()
+    return [] if collector is None else collector.collect()
 
 
 def beside_vllms(folder: str | None, metrics: Iterable[Metric]) -> list[Metric]:
@@ -99,20 +103,28 @@ def beside_vllms(folder: str | None, metrics: Iterable[Metric]) -> list[Metric]:
     Args:
         folder: whose metrics these are; another than vLLM's gets nothing added.
     """
-    if _collector is None or folder != os.environ.get(SHARED_FOLDER_VARIABLE):
+    collector = _reader()
+    if collector is None or folder != os.environ.get(SHARED_FOLDER_VARIABLE):
         return list(metrics)
     # An earlier version wrote ours there, and nobody may have emptied it.
     vllms = [metric for metric in metrics if not metric.name.startswith("orthorank_")]
-    return [*vllms, *_collector.collect()]
+    return [*vllms, *collector.collect()]
 
 
-def _inherited() -> FolderCollector | None:
-    """That of several API servers, whose engines are their parent's."""
+def _reader() -> FolderCollector | None:
+    """This process's; in one of several API servers that of its parent, whose the engines are.
+
+    Such a process has not read the flags: vLLM loads its plugins after them there.
+    """
+    global _collector
+    path = os.environ.get(FOLDER_VARIABLE)
     is_one_of_several = (
         SHARED_FOLDER_VARIABLE in os.environ and multiprocessing.parent_process() is not None
     )
-    path = os.environ.get(FOLDER_VARIABLE)
-    return FolderCollector(path) if is_one_of_several and path else None
+    if _collector is None and is_one_of_several and path:
+        _collector = FolderCollector(path)
+        _collector.model_names.add(os.environ.get(MODEL_VARIABLE, ""))
+    return _collector
 
 
 def _with_new_folder(cache_root: str) -> FolderCollector:

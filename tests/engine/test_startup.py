@@ -232,8 +232,9 @@ def test_a_fine_tune_does_not_take_what_its_base_has_measured(
     assert base.answer[1].startswith("calibration at start-up, kept in")
     [of_base] = profiles_in(tmp_path)
     tuned = start(tuned_path, tmp_path, ratio=0.1)
+    source = tuned.answer[1]
     [of_tuned] = set(profiles_in(tmp_path)) - {of_base}
-    assert tuned.answer[1] == f"calibration at start-up, kept in {of_tuned}"
+    assert source == f"calibration at start-up, kept in {of_tuned}"
     [line] = [line for line in tuned.output.splitlines() if "by measurement" in line]
     assert "no profile of these weights" in line
     again = start(small_model_path, tmp_path, ratio=0.1)
