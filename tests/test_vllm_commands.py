@@ -79,7 +79,7 @@ def test_every_command_has_its_own_help_and_ours_beside_it() -> None:
     "words",
     [
         "latency --batch-size 2 --num-iters-warmup 0 --num-iters 1 --input-len 64 --output-len 4",
-        "throughput --dataset-name random --num-prompts 2 --input-len 64 --output-len 4",
+        "throughput --dataset-name random --num-prompts 2 --random-input-len 64 --random-output-len 4",
     ],
     ids=["latency", "throughput"],
 )
