@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from orthorank_vllm.engine.architectures import MEASURED_OF, ORTHORANK_OF
+from orthorank_vllm.model.architectures import MEASURED_OF, ORTHORANK_OF
 from orthorank_vllm.options import OptionError
 
 # Every name in vLLM, and one beside it, that is imported, called, subclassed or wrapped, as
@@ -135,7 +135,7 @@ def _add_flags() -> None:
     # Breaks on: add_cli_args no longer being a static method of one parser.
     from vllm.engine.arg_utils import EngineArgs
 
-    from orthorank_vllm.engine.cli import add_flags
+    from orthorank_vllm.engine.flags import add_flags
 
     original = EngineArgs.add_cli_args
 
@@ -153,7 +153,7 @@ def _read_flags() -> None:
     # Breaks on: from_cli_args no longer being the one way from flags to EngineArgs.
     from vllm.engine.arg_utils import EngineArgs
 
-    from orthorank_vllm.engine.cli import with_flags
+    from orthorank_vllm.engine.flags import with_flags
 
     original = EngineArgs.from_cli_args.__func__
 
@@ -175,7 +175,7 @@ def _read_lists() -> None:
     # Breaks on: a file that is read elsewhere (a list is then taken as it was).
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from orthorank_vllm.engine.cli import joined_lists
+    from orthorank_vllm.engine.flags import joined_lists
 
     original = FlexibleArgumentParser.load_config_file
 
@@ -192,8 +192,8 @@ def _configure_engine() -> None:
     # Breaks on: an engine configured without create_engine_config (the workers then refuse).
     from vllm.engine.arg_utils import EngineArgs
 
-    from orthorank_vllm.engine.cli import FromCommandLine
     from orthorank_vllm.engine.configure import configure, options_in
+    from orthorank_vllm.engine.flags import FromCommandLine
 
     original = EngineArgs.create_engine_config
 
@@ -234,7 +234,7 @@ def _calibrate_at_start() -> None:
             options.get("to_choose") or options.get("measured_on")
         )
         if is_open:
-            from orthorank_vllm.engine.startup import choose_layers
+            from orthorank_vllm.calibrate.startup import choose_layers
 
             choose_layers(self, vllm_config)
 
@@ -247,7 +247,7 @@ def _show_metrics_of_several_servers() -> None:
     # Breaks on: a /metrics that reads that folder without prometheus-client's collector.
     from prometheus_client.multiprocess import MultiProcessCollector
 
-    from orthorank_vllm.metrics.folder import beside_vllms
+    from orthorank_vllm.metrics.collector import beside_vllms
 
     original = MultiProcessCollector.collect
 

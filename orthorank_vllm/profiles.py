@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from orthorank_vllm.outputs import write_whole
+from orthorank_vllm.files import write_whole
 
 FORMAT = 4
 SHAPE_KEYS = (

@@ -53,7 +53,7 @@ def test_vllm_is_an_extra_so_an_install_never_replaces_it(wheel: zipfile.ZipFile
 def test_vllm_finds_the_plugin_and_the_shell_its_command(wheel: zipfile.ZipFile) -> None:
     sections = text_of(wheel, "entry_points.txt").strip().split("\n\n")
     assert sorted(sections) == [
-        "[console_scripts]\northorank = orthorank_vllm.cli:main",
+        "[console_scripts]\northorank = orthorank_vllm.cli.main:main",
         "[vllm.general_plugins]\northorank = orthorank_vllm.plugin:register",
     ]
 

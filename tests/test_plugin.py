@@ -12,7 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import ModelRegistry
 
 from orthorank_vllm import plugin
-from orthorank_vllm.engine.architectures import MEASURED_OF, ORTHORANK_OF
+from orthorank_vllm.model.architectures import MEASURED_OF, ORTHORANK_OF
 from tests.conftest import ROOT
 
 CHECKED = (*plugin.SEAMS, *plugin.WORKER_SEAMS, *plugin.GPU_SEAMS, *plugin.COMMAND_SEAMS)

@@ -62,7 +62,7 @@ class Engine:
 
     def watch(self) -> None:
         """Put the clocks in place, for the rest of this process."""
-        from orthorank_vllm.selection import Competition
+        from orthorank_vllm.selection.topk import Competition
 
         runner = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
         model = runner.get_model()

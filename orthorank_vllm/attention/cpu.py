@@ -4,7 +4,7 @@ vLLM's kernel takes a sequence's queries to be its last tokens. So each run of
 neighbouring selected positions is given to it as a sequence of its own: the
 same pages, ending with the run's last position. That is exact, for prompts,
 chunks, cached prefixes and decode rows alike (vllm/v1/attention/backends/cpu_attn.py).
-Where torch's kernel is faster, requests that begin in this forward take that (`blocks`).
+Where torch's kernel is faster, requests that begin in this forward take that (`sdpa`).
 """
 
 from typing import Any
@@ -18,13 +18,13 @@ from vllm.model_executor.layers.attention.attention import (
     unified_attention_with_output,
 )
 
-from orthorank_vllm.attention import blocks
-from orthorank_vllm.attention.pages import is_quantised, write_kv
-from orthorank_vllm.plan import Batch, Ints
-from orthorank_vllm.versions import cpu_isa
+from orthorank_vllm.attention import sdpa
+from orthorank_vllm.attention.kv_cache import is_quantised, write_kv
+from orthorank_vllm.compat import cpu_isa
+from orthorank_vllm.selection.plan import Batch, Ints
 
 # Decided once: it depends on the machine alone.
-IN_BLOCKS = blocks.is_faster_here()
+IN_BLOCKS = sdpa.is_faster_here()
 
 
 class CpuAttention:
@@ -37,7 +37,7 @@ class CpuAttention:
         """
         request = np.repeat(np.arange(len(rows_per_request)), rows_per_request)
         self._all = _Runs(request)
-        self._whole = blocks.whole_requests(batch, rows_per_request) if IN_BLOCKS else []
+        self._whole = sdpa.whole_requests(batch, rows_per_request) if IN_BLOCKS else []
         if self._whole:
             is_left = np.ones(len(request), dtype=bool)
             for whole in self._whole:
@@ -59,7 +59,7 @@ class CpuAttention:
         write_kv(attn, key, value)
         query = query.view(-1, attn.num_heads, attn.head_size)
         output = torch.empty_like(query)
-        if not self._whole or not blocks.is_plain(attn) or is_quantised(attn):
+        if not self._whole or not sdpa.is_plain(attn) or is_quantised(attn):
             if self._is_dense:
                 # What `attn` itself calls, without the dispatcher between, which costs as
                 # much as a small batch's arithmetic.

@@ -21,18 +21,18 @@ import torch
 from tqdm import tqdm
 
 from orthorank_vllm import __version__
-from orthorank_vllm.bench.asked import Asked, add_arguments
-from orthorank_vllm.bench.pairs import Round, measure_rounds
+from orthorank_vllm.bench.args import Asked, add_arguments
+from orthorank_vllm.bench.paired_stats import Round, measure_rounds
 from orthorank_vllm.bench.prompts import Prompt, Prompts
-from orthorank_vllm.bench.pruned import write_pruned
+from orthorank_vllm.bench.pruned_checkpoint import write_pruned
 from orthorank_vllm.bench.report import OURS, Comparison, Results, plot, table
 from orthorank_vllm.bench.servers import Server, ServerError, get, memory_of, running
 from orthorank_vllm.bench.workloads import Workload, plan_workloads
 from orthorank_vllm.config import selective_count
+from orthorank_vllm.files import write_output
+from orthorank_vllm.flops import Shapes
 from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_WINDOW, OptionError
-from orthorank_vllm.outputs import write_output
-from orthorank_vllm.shapes import Shapes
-from orthorank_vllm.treatment import Treatment
+from orthorank_vllm.selection.method import Treatment
 
 __all__ = ["add_arguments", "run"]
 
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         OptionError: see the options.
     """
-    from orthorank_vllm.engine.workers import model_config_of, tokenizer_of
+    from orthorank_vllm.offline.workers import model_config_of, tokenizer_of
 
     asked = Asked.of(arguments)
     rule = _rule_of(arguments)

@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from orthorank_vllm.flops import Shapes
 from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_WINDOW
-from orthorank_vllm.plan import Batch, make_plan
-from orthorank_vllm.shapes import Shapes
+from orthorank_vllm.selection.plan import Batch, make_plan
 
 
 def prefill(

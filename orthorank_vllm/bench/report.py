@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from orthorank_vllm.bench.ideal import load_gain, prefill
-from orthorank_vllm.bench.pairs import Round, Spread, noise, ratios, same_server_ratios
+from orthorank_vllm.bench.paired_stats import Round, Spread, noise, ratios, same_server_ratios
 from orthorank_vllm.bench.servers import Memory
 from orthorank_vllm.bench.workloads import Workload
-from orthorank_vllm.shapes import Shapes
-from orthorank_vllm.treatment import Treatment
+from orthorank_vllm.flops import Shapes
+from orthorank_vllm.selection.method import Treatment
 
 OURS = "orthorank"
 FORMAT = 1
@@ -165,7 +165,7 @@ def table(results: Results) -> str:
 def plot(results: Results) -> str | None:
     """Each pair, the median and the ideal, by workload; None without matplotlib."""
     try:
-        from orthorank_vllm.charts import COLOURS, figure_of, svg_of
+        from orthorank_vllm.cli.charts import COLOURS, figure_of, svg_of
 
         rows = [
             (f"{row.workload.name}\n{_against(comparison, row)}", row, comparison)

@@ -8,16 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from orthorank_vllm.arguments import (
-    add_breadth_argument,
-    add_rule_arguments,
-    breadth_of,
-    parse_count,
-    parse_option,
-    rule_of,
-)
-from orthorank_vllm.calibrate.greedy import Choice, NothingToTell, Trial, choose
-from orthorank_vllm.calibrate.measurement import (
+from orthorank_vllm.calibrate.calibration import (
     DEFAULT_LENGTH,
     DEFAULT_TOKENS,
     Measurement,
@@ -25,13 +16,22 @@ from orthorank_vllm.calibrate.measurement import (
     left_profiles,
     unfinished_of,
 )
+from orthorank_vllm.calibrate.greedy import Choice, NothingToTell, Trial, choose
 from orthorank_vllm.calibrate.progress import TrialBar
 from orthorank_vllm.calibrate.text import BUILT_IN, built_in_text, read_text
+from orthorank_vllm.cli.args import (
+    add_breadth_argument,
+    add_rule_arguments,
+    breadth_of,
+    parse_count,
+    parse_option,
+    rule_of,
+)
 from orthorank_vllm.config import selective_count
+from orthorank_vllm.files import check_writable
 from orthorank_vllm.options import OptionError, parse_ratio
-from orthorank_vllm.outputs import check_writable
 from orthorank_vllm.profiles import Profile, cached_path, kept_folder
-from orthorank_vllm.treatment import Treatment
+from orthorank_vllm.selection.method import Treatment
 
 DEFAULT_MAX_RATIO = 0.5
 
@@ -73,8 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from vllm import envs
 
-    from orthorank_vllm.engine import measuring
-    from orthorank_vllm.engine.workers import (
+    from orthorank_vllm.offline import worker_calls
+    from orthorank_vllm.offline.workers import (
         WorkersTrial,
         loaded_workers,
         measuring_config,
@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         check_writable(kept_folder(envs.VLLM_CACHE_ROOT) / "profile.json")
     with loaded_workers(vllm_config) as workers:
-        measurement = replace(measurement, weights=workers.call(measuring.fingerprint))
+        measurement = replace(measurement, weights=workers.call(worker_calls.fingerprint))
         output = Path(arguments.output) if arguments.output else default_output(measurement)
         choice = found_so_far(measurement, output)
         if len(choice.order) >= count:

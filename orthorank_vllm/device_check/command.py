@@ -19,16 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from orthorank_vllm import __version__
-from orthorank_vllm.arguments import parse_count
-from orthorank_vllm.device_check.findings import (
-    Finding,
-    Speed,
-    all_hold,
-    findings_of,
-    table,
-)
+from orthorank_vllm.cli.args import parse_count
+from orthorank_vllm.device_check.findings import Finding, Speed, all_hold, findings_of, table
+from orthorank_vllm.files import check_writable, write_output
 from orthorank_vllm.options import OptionError
-from orthorank_vllm.outputs import check_writable, write_output
 
 TAKES_MODEL = False
 PARTS = ("kernel", "llama", "fp8", "mixtral", "speed")

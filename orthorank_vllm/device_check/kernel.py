@@ -10,17 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from orthorank_vllm.attention.sparse_kernel import (
-    PagedCache,
-    attend,
-    make_tiles,
-    queries_per_tile,
-)
+from orthorank_vllm.attention.paged_kernel import PagedCache, attend, make_tiles, queries_per_tile
 from orthorank_vllm.device_check.findings import Finding
 from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_WINDOW
-from orthorank_vllm.plan import Batch, Ints, make_plan
-from orthorank_vllm.selection import Competition
-from orthorank_vllm.selection_kernels import PartedCompetition
+from orthorank_vllm.selection.plan import Batch, Ints, make_plan
+from orthorank_vllm.selection.topk import Competition
+from orthorank_vllm.selection.topk_triton import PartedCompetition
 
 SCALE = 0.15
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from orthorank_vllm.attention import AttentionWay, QueryAttention, choose_way
+from orthorank_vllm.attention.backend import AttentionWay, QueryAttention, choose_way
 from orthorank_vllm.device_check.findings import Finding
 from orthorank_vllm.device_check.shapes import SELECTIVE, SMALL
-from orthorank_vllm.plan import Batch, Ints, Plan
+from orthorank_vllm.selection.plan import Batch, Ints, Plan
 
 # Of the largest value that attention gives. With K and V in 8 bits the stock kernel rounds Q to
 # 8 bits as well, and ours does not.

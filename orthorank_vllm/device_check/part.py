@@ -13,7 +13,7 @@ from typing import Any
 
 from orthorank_vllm.device_check import kernel, model, shapes, speed
 from orthorank_vllm.device_check.findings import Finding, Speed
-from orthorank_vllm.outputs import write_whole
+from orthorank_vllm.files import write_whole
 
 ANSWER = "answer.json"
 # Of a folder to write in and a deadline of `time.monotonic`: what was found, as it is found.

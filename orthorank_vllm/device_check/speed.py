@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from orthorank_vllm.attention import choose_way
+from orthorank_vllm.attention.backend import choose_way
 from orthorank_vllm.device_check.findings import Speed
 
 RATIO = 0.3

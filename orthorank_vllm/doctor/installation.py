@@ -148,7 +148,7 @@ def _device() -> Check:
     import torch
     from vllm.platforms import current_platform
 
-    from orthorank_vllm.engine.refusals import REFUSALS
+    from orthorank_vllm.engine.unsupported import REFUSALS
 
     device = current_platform.device_type
     asked = SimpleNamespace(device_config=SimpleNamespace(device_type=device))

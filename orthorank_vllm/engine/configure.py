@@ -4,12 +4,12 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from orthorank_vllm.attention import check_way
+from orthorank_vllm.attention.backend import check_way
 from orthorank_vllm.config import resolve
-from orthorank_vllm.engine.architectures import hf_overrides_for
-from orthorank_vllm.engine.fingerprint import loads_weights
-from orthorank_vllm.engine.refusals import check_supported
-from orthorank_vllm.metrics.folder import FOLDER_VARIABLE, prepare_server
+from orthorank_vllm.engine.unsupported import check_supported
+from orthorank_vllm.metrics.collector import FOLDER_VARIABLE, prepare_server
+from orthorank_vllm.model.architectures import hf_overrides_for
+from orthorank_vllm.model.fingerprint import loads_weights
 from orthorank_vllm.options import Options, rejected
 from orthorank_vllm.profiles import kept_profiles, model_identity
 
@@ -26,7 +26,7 @@ def configure(
     leaves no trace of OrthoRank: the configuration, and its hash, are stock.
 
     Raises:
-        OptionError: see `config`, `refusals` and `attention`.
+        OptionError: see `config`, `unsupported` and `attention.backend`.
     """
     from vllm import envs
 

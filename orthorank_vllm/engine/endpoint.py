@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from vllm import envs
 
 from orthorank_vllm import __version__
-from orthorank_vllm.metrics.folder import orthorank_metrics
+from orthorank_vllm.metrics.collector import orthorank_metrics
 from orthorank_vllm.metrics.status import as_json, engines_of, is_up
 
 PATH = "/orthorank"

@@ -13,10 +13,10 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.models import ModelRegistry
 from vllm.sequence import IntermediateTensors
 
-from orthorank_vllm.engine.architectures import MEASURED_OF, ORTHORANK_OF
-from orthorank_vllm.engine.fingerprint import Fingerprint
-from orthorank_vllm.engine.runtime import OrthoRank
-from orthorank_vllm.plan import Plan
+from orthorank_vllm.engine.prefill import OrthoRank
+from orthorank_vllm.model.architectures import MEASURED_OF, ORTHORANK_OF
+from orthorank_vllm.model.fingerprint import Fingerprint
+from orthorank_vllm.selection.plan import Plan
 
 
 class MeasuredForCausalLM:

@@ -13,8 +13,8 @@ import numpy as np
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 
-from orthorank_vllm.engine.counting import Seconds
-from orthorank_vllm.plan import Batch
+from orthorank_vllm.engine.step_stats import Seconds
+from orthorank_vllm.selection.plan import Batch
 
 _MARK = "_orthorank_hook"
 

@@ -11,9 +11,9 @@ from typing import Any
 from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from orthorank_vllm.engine.batches_v2 import RequestFacts, batch_of
-from orthorank_vllm.engine.counting import Seconds
-from orthorank_vllm.plan import Batch, Plan
+from orthorank_vllm.engine.batches import RequestFacts, batch_of
+from orthorank_vllm.engine.step_stats import Seconds
+from orthorank_vllm.selection.plan import Batch, Plan
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from orthorank_vllm.calibrate.command import measure
-from orthorank_vllm.calibrate.greedy import Choice
-from orthorank_vllm.calibrate.measurement import (
+from orthorank_vllm.calibrate.calibration import (
     DEFAULT_LENGTH,
     DEFAULT_TOKENS,
     Measurement,
     found_so_far,
 )
+from orthorank_vllm.calibrate.command import measure
+from orthorank_vllm.calibrate.greedy import Choice
 from orthorank_vllm.config import selective_count
-from orthorank_vllm.evaluate.asked import Asked, add_arguments
+from orthorank_vllm.evaluate.args import Asked, add_arguments
 from orthorank_vllm.evaluate.perplexity import cut, perplexity
 from orthorank_vllm.evaluate.report import write_report
 from orthorank_vllm.evaluate.results import Results, Run, plan_runs
@@ -38,7 +38,7 @@ from orthorank_vllm.profiles import (
     shipped_profile,
     shipped_profiles,
 )
-from orthorank_vllm.treatment import Treatment
+from orthorank_vllm.selection.method import Treatment
 
 HEAT_MAP_TOKENS = 512
 
@@ -50,8 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         OptionError: see the options.
     """
-    from orthorank_vllm.engine import measuring
-    from orthorank_vllm.engine.workers import (
+    from orthorank_vllm.offline import worker_calls
+    from orthorank_vllm.offline.workers import (
         WorkersTrial,
         loaded_workers,
         measuring_config,
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     results.profiles["orthorank"] = profile
 
     with loaded_workers(vllm_config) as workers:
-        weights = workers.call(measuring.fingerprint)
+        weights = workers.call(worker_calls.fingerprint)
         _check_weights(profile, weights, arguments.profile)
         pruning = replace(pruning, weights=weights)
         if "prune" in asked.methods and any(asked.ratios):
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         runs = plan_runs(asked.methods, asked.ratios, results.profiles, asked.treatment)
         if not results.cosines:
             head = segments[0][:HEAT_MAP_TOKENS]
-            results.cosines = workers.call(measuring.cosines_to_sink, head)
+            results.cosines = workers.call(worker_calls.cosines_to_sink, head)
         max_length = int(model_config.max_model_len)
         shown: list[Run] = []
         for number, planned in enumerate(runs, start=1):

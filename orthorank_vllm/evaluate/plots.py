@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from orthorank_vllm.charts import COLOURS, figure_of, svg_of
+from orthorank_vllm.cli.charts import COLOURS, figure_of, svg_of
 from orthorank_vllm.evaluate.results import DENSE, Run
 from orthorank_vllm.profiles import Profile
-from orthorank_vllm.treatment import Treatment
+from orthorank_vllm.selection.method import Treatment
 
 
 def perplexity_against_ratio(runs: Sequence[Run]) -> str:

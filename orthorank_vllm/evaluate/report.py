@@ -6,8 +6,8 @@ from pathlib import Path
 
 from orthorank_vllm.evaluate import plots
 from orthorank_vllm.evaluate.results import DENSE, Results, Run
-from orthorank_vllm.outputs import write_output
-from orthorank_vllm.treatment import METHODS
+from orthorank_vllm.files import write_output
+from orthorank_vllm.selection.method import METHODS
 
 STYLE = """
 :root { color-scheme: light; }

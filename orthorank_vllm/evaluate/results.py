@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from orthorank_vllm.config import selective_count
+from orthorank_vllm.files import write_output
 from orthorank_vllm.options import OptionError
-from orthorank_vllm.outputs import write_output
 from orthorank_vllm.profiles import Profile
-from orthorank_vllm.treatment import Treatment
+from orthorank_vllm.selection.method import Treatment
 
 FORMAT = 1
 DENSE = "dense"

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from orthorank_vllm.engine import measuring
-from orthorank_vllm.engine.scoring import TextScore
-from orthorank_vllm.engine.workers import Workers
-from orthorank_vllm.treatment import Treatment
+from orthorank_vllm.offline import worker_calls
+from orthorank_vllm.offline.texts import TextScore
+from orthorank_vllm.offline.workers import Workers
+from orthorank_vllm.selection.method import Treatment
 
 # In one forward: enough to keep the processor busy, little enough to stay small.
 TOKENS_PER_FORWARD = 2048
@@ -39,7 +39,7 @@ class Scorer:
         scores: list[TextScore | None] = [None] * len(texts)
         for indices in _forwards([len(text) for text in texts]):
             answers = self.workers.call(
-                measuring.score_texts,
+                worker_calls.score_texts,
                 [texts[index] for index in indices],
                 [first_scored[index] for index in indices],
                 self.layers,

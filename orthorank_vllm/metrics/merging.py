@@ -7,7 +7,7 @@ from prometheus_client import Metric
 from prometheus_client.utils import floatToGoString
 
 from orthorank_vllm.metrics import layout
-from orthorank_vllm.metrics.names import HELP
+from orthorank_vllm.metrics.definitions import HELP
 
 File = tuple[float, Sequence[layout.Series], Sequence[float]]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from prometheus_client import Metric
 
-from orthorank_vllm.metrics import names
+from orthorank_vllm.metrics import definitions
 
 
 @dataclass
@@ -82,7 +82,7 @@ def is_up(metrics: Iterable[Metric]) -> bool:
     return all(
         sample.value == 1
         for metric in metrics
-        if metric.name == names.UP
+        if metric.name == definitions.UP
         for sample in metric.samples
     )
 
@@ -95,7 +95,7 @@ def engines_of(metrics: Iterable[Metric]) -> list[EngineStatus]:
     """
     found: dict[tuple[str, str], EngineStatus] = {}
     for metric in metrics:
-        if not metric.name.startswith("orthorank_") or metric.name == names.UP:
+        if not metric.name.startswith("orthorank_") or metric.name == definitions.UP:
             continue
         for sample in metric.samples:
             key = sample.labels["model_name"], sample.labels["engine"]
@@ -109,35 +109,35 @@ def engines_of(metrics: Iterable[Metric]) -> list[EngineStatus]:
 _COUNTS = {
     f"{name}_total": attribute
     for name, attribute in {
-        names.PREFILL_TOKENS: "prefill_tokens",
-        names.UPDATES: "token_updates",
-        names.UPDATES_SKIPPED: "token_updates_skipped",
-        names.SINK_HITS: "sink_hits",
-        names.SINK_MISSES: "sink_misses",
+        definitions.PREFILL_TOKENS: "prefill_tokens",
+        definitions.UPDATES: "token_updates",
+        definitions.UPDATES_SKIPPED: "token_updates_skipped",
+        definitions.SINK_HITS: "sink_hits",
+        definitions.SINK_MISSES: "sink_misses",
     }.items()
 }
 _AMOUNTS = {
-    names.RATIO_ASKED: "ratio_asked",
-    names.RATIO_CONFIGURED: "ratio_configured",
-    f"{names.FLOPS_SAVED}_total": "flops_saved",
+    definitions.RATIO_ASKED: "ratio_asked",
+    definitions.RATIO_CONFIGURED: "ratio_configured",
+    f"{definitions.FLOPS_SAVED}_total": "flops_saved",
 }
 # Samples with a path, and with a layer.
 _OF_PATH = {
-    f"{names.STEP_SECONDS}_count": ("steps", int),
-    f"{names.STEP_SECONDS}_sum": ("seconds", float),
-    f"{names.STEP_PREFILL_TOKENS}_total": ("prefill_tokens", int),
-    f"{names.STEP_PREFILL_SECONDS}_total": ("prefill_seconds", float),
+    f"{definitions.STEP_SECONDS}_count": ("steps", int),
+    f"{definitions.STEP_SECONDS}_sum": ("seconds", float),
+    f"{definitions.STEP_PREFILL_TOKENS}_total": ("prefill_tokens", int),
+    f"{definitions.STEP_PREFILL_SECONDS}_total": ("prefill_seconds", float),
 }
 _OF_LAYER = {
-    f"{names.LAYER_UPDATES}_total": "updates",
-    f"{names.LAYER_UPDATES_SKIPPED}_total": "skipped",
+    f"{definitions.LAYER_UPDATES}_total": "updates",
+    f"{definitions.LAYER_UPDATES_SKIPPED}_total": "skipped",
 }
 
 
 def _take(status: EngineStatus, name: str, labels: Mapping[str, str], value: float) -> None:
-    if name == names.ACTIVE:
+    if name == definitions.ACTIVE:
         status.active = value == 1
-    elif name == names.CONFIG_INFO:
+    elif name == definitions.CONFIG_INFO:
         status.version = labels["version"]
         status.keep = float(labels["keep"])
         status.window = int(labels["window"])

@@ -6,10 +6,10 @@ from unittest import mock
 
 import torch
 
-from orthorank_vllm.attention import triton
-from orthorank_vllm.attention.sparse_kernel import PagedCache
+from orthorank_vllm.attention import paged
+from orthorank_vllm.attention.paged_kernel import PagedCache
 from orthorank_vllm.device_check.kernel import SCALE, Case, difference
-from orthorank_vllm.plan import Batch, Ints
+from orthorank_vllm.selection.plan import Batch, Ints
 
 
 def run(case: Case) -> float:
@@ -40,10 +40,10 @@ def run(case: Case) -> float:
         if case.fp8:
             both = both.view(torch.uint8)
         context = (SimpleNamespace(block_table=cache.block_table), attn, both, None)
-        way = triton.TritonAttention(batch, rows_per_request)
+        way = paged.TritonAttention(batch, rows_per_request)
         with (
-            mock.patch.object(triton, "get_attention_context", return_value=context),
-            mock.patch.object(triton, "write_kv", return_value=None),
+            mock.patch.object(paged, "get_attention_context", return_value=context),
+            mock.patch.object(paged, "write_kv", return_value=None),
         ):
             output = way(attn, query.flatten(1), query, query, positions, positions)
         return output.view_as(query)

@@ -8,8 +8,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from orthorank_vllm.attention import sparse_kernel
-from orthorank_vllm.attention.sparse_kernel import SMALL_SHARED_MEMORY, TILE_ROWS, WARPS, loop_of
+from orthorank_vllm.attention import paged_kernel
+from orthorank_vllm.attention.paged_kernel import SMALL_SHARED_MEMORY, TILE_ROWS, WARPS, loop_of
 
 # Compute capability, and shared memory of one program in bytes.
 H100 = (90, 227 * 1024)
@@ -52,7 +52,7 @@ def compiled(
         "value_scale_ptr": "*fp32",
         **dict.fromkeys(("output_ptr", "query_ptr"), f"*{TYPES[dtype]}"),
     }
-    kernel: Any = sparse_kernel._attend
+    kernel: Any = paged_kernel._attend
     signature, aligned = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:

@@ -9,9 +9,9 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 
-from orthorank_vllm.attention import blocks, cpu
+from orthorank_vllm.attention import cpu, sdpa
 from orthorank_vllm.attention.cpu import CpuAttention
-from orthorank_vllm.plan import Batch, Ints, make_plan
+from orthorank_vllm.selection.plan import Batch, Ints, make_plan
 
 current_platform.import_kernels()
 
@@ -90,9 +90,9 @@ def test_all_queries_in_blocks_see_the_same(
 def attend_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever this machine would do, and however short the requests are."""
     monkeypatch.setattr(cpu, "IN_BLOCKS", True)
-    monkeypatch.setattr(blocks, "MIN_TOKENS", 1)
-    monkeypatch.setattr(blocks, "MIN_TOKENS_SELECTED", 1)
-    monkeypatch.setattr(blocks, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(sdpa, "MIN_TOKENS", 1)
+    monkeypatch.setattr(sdpa, "MIN_TOKENS_SELECTED", 1)
+    monkeypatch.setattr(sdpa, "BLOCK_ROWS", 16)
 
 
 def check(

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orthorank_vllm.bench.ideal import load_gain, prefill
-from orthorank_vllm.shapes import Shapes
+from orthorank_vllm.flops import Shapes
 
 CONFIG = LlamaConfig(
     hidden_size=64,

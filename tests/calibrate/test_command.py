@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orthorank_vllm.calibrate.text import read_text, segments
 from orthorank_vllm.profiles import Profile, read_profile
-from tests.commands import refusal
-from tests.models import WEIGHT_ONLY, fingerprint_of, write_untrained
-from tests.reference import Reference, Rule
+from tests.support.commands import refusal
+from tests.support.models import WEIGHT_ONLY, fingerprint_of, write_untrained
+from tests.support.reference import Reference, Rule
 
 OPTIONS = ["--dtype", "float32", "--tokens", "1024", "--max-ratio", "0.4", "--window", "64"]
 # Nor is there room for a KV cache, and none is needed.

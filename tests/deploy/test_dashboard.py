@@ -7,7 +7,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from orthorank_vllm.metrics import names
+from orthorank_vllm.metrics import definitions
 from tests.deploy.tools import DASHBOARD
 
 
@@ -45,8 +45,8 @@ def test_grafanas_own_types_know_all_of_it() -> None:
 
 def test_it_shows_every_metric_there_is() -> None:
     text = "\n".join(expressions())
-    shown = [name for name in names.HELP if name in text]
-    assert shown == list(names.HELP)
+    shown = [name for name in definitions.HELP if name in text]
+    assert shown == list(definitions.HELP)
 
 
 def test_panels_do_not_overlap() -> None:

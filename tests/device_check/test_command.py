@@ -11,8 +11,8 @@ import torch
 from orthorank_vllm.device_check import command, part, shapes
 from orthorank_vllm.device_check.findings import Finding, Speed
 from orthorank_vllm.device_check.kernel import CASES, ON_A_GPU, TOLERANCES
-from tests.commands import refusal
-from tests.scripts import Script
+from tests.support.commands import refusal
+from tests.support.scripts import Script
 
 CHECK_MODEL = """
 from dataclasses import asdict

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from orthorank_vllm.cli import main
+from orthorank_vllm.cli.main import main
 from orthorank_vllm.doctor.installation import TESTED
 from tests.conftest import ROOT
 
@@ -121,7 +121,7 @@ def environment_of(folder: Path, *modules: str) -> None:
 def examine_in(folder: Path) -> subprocess.CompletedProcess[str]:
     code = (
         f"import sys; sys.path.insert(0, {str(folder)!r})\n"
-        "from orthorank_vllm.cli import main; sys.exit(main(['doctor']))"
+        "from orthorank_vllm.cli.main import main; sys.exit(main(['doctor']))"
     )
     # -S: nothing of what is installed.
     command = [sys.executable, "-I", "-S", "-c", code]

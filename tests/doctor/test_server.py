@@ -1,4 +1,4 @@
-"""`orthorank doctor URL` on servers that are not well; tests/test_server.py has one that is."""
+"""`orthorank doctor URL` on servers that are not well; one that is well: engine_runs/."""
 
 import json
 import os
@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from orthorank_vllm.cli import main
+from orthorank_vllm.cli.main import main
 from orthorank_vllm.config import CALIBRATION_OFF, OrthoRankConfig
-from orthorank_vllm.metrics import folder
-from orthorank_vllm.metrics.worker import WorkerMetrics
-from tests.commands import refusal
+from orthorank_vllm.metrics import collector
+from orthorank_vllm.metrics.recorder import WorkerMetrics
+from tests.support.commands import refusal
 
 CONFIG = OrthoRankConfig(0.3, 1 / 3, 128, (1, 3), 5, "profile p")
 # The ratio that these layers make is 0.267: of 50 updates 13 are skipped.
@@ -46,7 +46,7 @@ def answering(pages: dict[str, str | int]) -> Iterator[str]:
 
 @pytest.fixture
 def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(folder.FOLDER_VARIABLE, os.fspath(tmp_path))
+    monkeypatch.setenv(collector.FOLDER_VARIABLE, os.fspath(tmp_path))
     return tmp_path
 
 
@@ -61,9 +61,9 @@ def examine(
 ) -> tuple[int, dict[str, dict[str, str]]]:
     """The exit status, and the checks of a server that shows the workers' metrics."""
     registry = CollectorRegistry()
-    collector = folder.FolderCollector(os.fspath(shared))
-    collector.model_names.add("m")
-    registry.register(collector)
+    ours = collector.FolderCollector(os.fspath(shared))
+    ours.model_names.add("m")
+    registry.register(ours)
     shown: dict[str, str | int] = {"health": "", "metrics": generate_latest(registry).decode()}
     with answering({f"/{name}": page for name, page in {**shown, **pages}.items()}) as url:
         status = main(["doctor", url, "--json"])

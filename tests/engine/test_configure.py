@@ -10,9 +10,9 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.executor.abstract import Executor
 
-from orthorank_vllm.engine.refusals import REFUSALS, check_supported
+from orthorank_vllm.engine.unsupported import REFUSALS, check_supported
 from orthorank_vllm.options import OptionError
-from tests.models import write_random
+from tests.support.models import write_random
 
 pytestmark = pytest.mark.model
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 
-from orthorank_vllm.engine.batches_v2 import RequestFacts, batch_of
-from orthorank_vllm.engine.counting import Seconds
-from orthorank_vllm.plan import Batch, make_plan
+from orthorank_vllm.engine.batches import RequestFacts, batch_of
+from orthorank_vllm.engine.step_stats import Seconds
+from orthorank_vllm.selection.plan import Batch, make_plan
 
 SLOTS = 8
 

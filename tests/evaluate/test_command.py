@@ -15,10 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orthorank_vllm.calibrate.text import built_in_text
-from orthorank_vllm.cli import main
+from orthorank_vllm.cli.main import main
 from orthorank_vllm.profiles import Profile, cached_path, model_identity, read_profile
-from tests.commands import refusal
-from tests.reference import Reference, Rule
+from tests.support.commands import refusal
+from tests.support.reference import Reference, Rule
 
 pytestmark = pytest.mark.model
 

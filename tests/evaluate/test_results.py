@@ -9,7 +9,7 @@ import pytest
 from orthorank_vllm.evaluate.results import Results, Run, plan_runs
 from orthorank_vllm.options import OptionError
 from orthorank_vllm.profiles import Profile
-from orthorank_vllm.treatment import Treatment
+from orthorank_vllm.selection.method import Treatment
 
 MODEL = {"num_hidden_layers": 30}
 PROFILES = {

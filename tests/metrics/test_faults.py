@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
-from orthorank_vllm.metrics import complaints, folder, values
-from orthorank_vllm.metrics.worker import WorkerMetrics
+from orthorank_vllm.metrics import collector, complaints, mmap_values
+from orthorank_vllm.metrics.recorder import WorkerMetrics
 from tests.metrics.breaks import (
     Fault,
     cut,
@@ -43,15 +43,15 @@ def warnings(
 
 
 class Setting:
-    """A worker's folder, and the registry of a server that has metrics of its own."""
+    """A worker's collector, and the registry of a server that has metrics of its own."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.registry = CollectorRegistry()
         Counter("vllm:requests", "Some.", registry=self.registry).inc(7)
-        collector = folder.FolderCollector(os.fspath(path))
-        collector.model_names.add("m")
-        self.registry.register(collector)
+        ours = collector.FolderCollector(os.fspath(path))
+        ours.model_names.add("m")
+        self.registry.register(ours)
 
     @property
     def file(self) -> Path:
@@ -72,9 +72,9 @@ class Setting:
 def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
     path = tmp_path / "counts"
     path.mkdir()
-    monkeypatch.setenv(folder.FOLDER_VARIABLE, os.fspath(path))
+    monkeypatch.setenv(collector.FOLDER_VARIABLE, os.fspath(path))
     # The tests say when a file is looked after.
-    monkeypatch.setattr(values, "_keep", lambda counts: None)
+    monkeypatch.setattr(mmap_values, "_keep", lambda counts: None)
     return Setting(path)
 
 
@@ -179,12 +179,12 @@ def test_counting_goes_on_and_all_of_it_is_told_later(setting: Setting, fault: F
 
 def test_nobody_has_to_look_after_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even a step."""
-    monkeypatch.setenv(folder.FOLDER_VARIABLE, os.fspath(tmp_path / "counts"))
+    monkeypatch.setenv(collector.FOLDER_VARIABLE, os.fspath(tmp_path / "counts"))
     setting = Setting(tmp_path / "counts")
     working = worker()
     count(working)
     shutil.rmtree(setting.path)
-    deadline = time.monotonic() + 3 * values.CHECK_SECONDS
+    deadline = time.monotonic() + 3 * mmap_values.CHECK_SECONDS
     while setting.up != 1:
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -193,7 +193,7 @@ def test_nobody_has_to_look_after_the_file(tmp_path: Path, monkeypatch: pytest.M
 
 def count_in_a_file_cut_short() -> None:
     working = worker()
-    [file] = Path(os.environ[folder.FOLDER_VARIABLE]).glob("*.db")
+    [file] = Path(os.environ[collector.FOLDER_VARIABLE]).glob("*.db")
     os.truncate(file, 0)
     for _ in range(3):
         count(working)
@@ -225,7 +225,7 @@ def test_a_full_disk_costs_no_count(
     """Break seen: a sparse file mapped, and the worker died of SIGBUS."""
     setting = Setting(small_disk / "counts")
     setting.path.mkdir()
-    monkeypatch.setenv(folder.FOLDER_VARIABLE, os.fspath(setting.path))
+    monkeypatch.setenv(collector.FOLDER_VARIABLE, os.fspath(setting.path))
     fill(small_disk)
     working = worker()
     for _ in range(3):
@@ -244,7 +244,7 @@ def test_a_disk_that_fills_up_later_changes_nothing(
 ) -> None:
     setting = Setting(small_disk / "counts")
     setting.path.mkdir()
-    monkeypatch.setenv(folder.FOLDER_VARIABLE, os.fspath(setting.path))
+    monkeypatch.setenv(collector.FOLDER_VARIABLE, os.fspath(setting.path))
     working = worker()
     fill(small_disk)
     count(working)
@@ -277,5 +277,5 @@ def test_a_mistake_of_our_own_takes_nothing_of_vllms_down(
     def mistaken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(folder, "merged", mistaken)
+    monkeypatch.setattr(collector, "merged", mistaken)
     assert setting.up == 0

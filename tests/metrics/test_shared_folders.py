@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY
 
-from orthorank_vllm.metrics import folder
+from orthorank_vllm.metrics import collector
 from orthorank_vllm.metrics.shared_folders import make_shared, places
 from tests.conftest import ROOT
 from tests.metrics.test_faults import LABELS, count, fill, small_disk, worker
@@ -31,12 +31,12 @@ time.sleep(600)
 
 @pytest.fixture(autouse=True)
 def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(folder, "_collector", None)
+    monkeypatch.setattr(collector, "_collector", None)
     # It is remembered, as by `tmp_path`.
     monkeypatch.setattr(tempfile, "tempdir", None)
     yield
-    if folder._collector is not None:
-        REGISTRY.unregister(folder._collector)
+    if collector._collector is not None:
+        REGISTRY.unregister(collector._collector)
 
 
 class Holder:
@@ -133,14 +133,14 @@ def test_a_place_without_permission_is_passed_over() -> None:
 
 def test_a_permission_that_is_lost_costs_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
     with unprivileged() as own:
-        monkeypatch.setattr(folder, "places", lambda _: [os.fspath(own)])
-        folder.prepare_server("m", "cache")
+        monkeypatch.setattr(collector, "places", lambda _: [os.fspath(own)])
+        collector.prepare_server("m", "cache")
         working = worker()
-        Path(os.environ[folder.FOLDER_VARIABLE]).chmod(0)
+        Path(os.environ[collector.FOLDER_VARIABLE]).chmod(0)
         count(working)
         working.look_after()
         assert up() == 0
-        Path(os.environ[folder.FOLDER_VARIABLE]).chmod(0o700)
+        Path(os.environ[collector.FOLDER_VARIABLE]).chmod(0o700)
         working.look_after()
         assert up() == 1
         assert REGISTRY.get_sample_value("orthorank_prefill_tokens_total", LABELS) == 10
@@ -149,9 +149,9 @@ def test_a_permission_that_is_lost_costs_no_count(monkeypatch: pytest.MonkeyPatc
 def test_with_no_place_at_all_the_server_starts_and_tells_the_counts_once_there_is_one(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "places", lambda _: [os.fspath(small_disk)])
+    monkeypatch.setattr(collector, "places", lambda _: [os.fspath(small_disk)])
     fill(small_disk)
-    folder.prepare_server("m", "cache")
+    collector.prepare_server("m", "cache")
     working = worker()
     count(working)
     assert up() == 0
@@ -180,7 +180,7 @@ def test_what_a_living_server_uses_is_not_removed(tmp_path: Path, holder: Holder
 def test_what_a_living_worker_uses_is_not_removed_though_its_server_is_gone(
     tmp_path: Path, holder: Holder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(folder.FOLDER_VARIABLE, os.fspath(holder.folder))
+    monkeypatch.setenv(collector.FOLDER_VARIABLE, os.fspath(holder.folder))
     working = worker()
     holder.kill()
     make_shared([os.fspath(tmp_path)])
@@ -191,7 +191,7 @@ def test_what_a_living_worker_uses_is_not_removed_though_its_server_is_gone(
 
 
 def test_another_process_namespace_is_no_reason_to_remove(tmp_path: Path, holder: Holder) -> None:
-    """As of two containers on one temporary folder, where each process id has two meanings."""
+    """As of two containers on one temporary collector, where each process id has two meanings."""
     if not IS_ROOT:
         pytest.skip("only root can make a namespace of processes")
     module = "orthorank_vllm.metrics.shared_folders"
@@ -227,10 +227,10 @@ def test_another_users_folder_stays(tmp_path: Path, holder: Holder) -> None:
 def test_the_folder_is_removed_when_the_server_ends(tmp_path: Path) -> None:
     code = """
 import sys
-from orthorank_vllm.metrics import folder
-folder.places = lambda _: [sys.argv[1]]
-folder.prepare_server("m", "")
-print(*folder.os.listdir(sys.argv[1]))
+from orthorank_vllm.metrics import collector
+collector.places = lambda _: [sys.argv[1]]
+collector.prepare_server("m", "")
+print(*collector.os.listdir(sys.argv[1]))
 """
     command = [sys.executable, "-c", code, os.fspath(tmp_path)]
     ended = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
@@ -242,7 +242,7 @@ def test_a_folder_removed_under_a_running_worker_is_locked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, _, _ = make_shared([os.fspath(tmp_path)])
-    monkeypatch.setenv(folder.FOLDER_VARIABLE, path)
+    monkeypatch.setenv(collector.FOLDER_VARIABLE, path)
     working = worker()
     shutil.rmtree(path)
     working.look_after()

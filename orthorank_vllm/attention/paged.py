@@ -1,0 +1,117 @@
+"""Attention of any set of queries, for the GPU backends whose pages our kernel can read.
+
+`paged_kernel` does the work; here is what it needs from vLLM: the block table, and the pages by
+the views that vLLM's own backends take (vllm/v1/attention/backends/{flash_attn,triton_attn}.py).
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from vllm.model_executor.layers.attention.attention import get_attention_context
+from vllm.platforms import current_platform
+
+from orthorank_vllm.attention.kv_cache import write_kv
+from orthorank_vllm.attention.paged_kernel import PagedCache, attend, make_tiles, queries_per_tile
+from orthorank_vllm.selection.plan import Batch, Ints
+from orthorank_vllm.selection.transfer import to_device
+
+# Their metadata have a block table, and their pages are K and V side by side.
+BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
+FP8_CACHES = ("fp8", "fp8_e4m3")
+PLAIN_CACHES = ("auto", "bfloat16", "float16", "float32")
+LARGEST_HEAD = 256
+
+
+def obstacle(attn: Any) -> str | None:
+    """What keeps the kernel from serving a layer, None if nothing does.
+
+    Args:
+        attn: vLLM's `Attention` layer.
+    """
+    backend = attn.attn_backend.get_name()
+    if backend not in BACKENDS:
+        return f"the attention backend {backend}"
+    if attn.kv_cache_dtype not in (*PLAIN_CACHES, *FP8_CACHES):
+        return f"a KV cache of {attn.kv_cache_dtype}"
+    if attn.head_size > LARGEST_HEAD:
+        return f"heads of {attn.head_size}"
+    if attn.impl.alibi_slopes is not None:
+        return "position by slopes (ALiBi)"
+    if attn.impl.sinks is not None:
+        return "learned attention sinks"
+    return None
+
+
+class TritonAttention:
+    """See `QueryAttention`.
+
+    Attributes:
+        has_run: whether the kernel has, and so is compiled, in this process.
+    """
+
+    has_run: ClassVar[bool] = False
+
+    def __init__(self, batch: Batch, rows_per_request: Ints) -> None:
+        """
+        Args:
+            rows_per_request: [requests] how many queries each has, in batch order.
+        """
+        self._batch = batch
+        self._rows_per_request = rows_per_request
+        self._tiles: dict[int, torch.Tensor] = {}
+
+    def __call__(
+        self,
+        attn: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rows: torch.Tensor | None,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `QueryAttention`."""
+        write_kv(attn, key, value)
+        metadata, _, kv_cache, _ = get_attention_context(attn.layer_name)
+        query = query.view(-1, attn.num_heads, attn.head_size)
+        if metadata is None:  # vLLM measures memory, and there is no cache yet
+            return torch.zeros_like(query).flatten(1)
+        TritonAttention.has_run = True
+        return attend(
+            query,
+            positions,
+            self._tiles_for(attn.num_heads // attn.num_kv_heads, query.device),
+            paged_cache(attn, kv_cache, metadata.block_table),
+            attn.impl.scale,
+            window_of(attn.impl),
+            float(attn.impl.logits_soft_cap or 0),
+        ).flatten(1)
+
+    def _tiles_for(self, group_size: int, device: torch.device) -> torch.Tensor:
+        size = queries_per_tile(group_size)
+        if size not in self._tiles:
+            batch = self._batch
+            tiles = make_tiles(self._rows_per_request, batch.num_computed, batch.query_len, size)
+            self._tiles[size] = to_device([tiles.ravel()], device)[0].view(-1, 3)
+        return self._tiles[size]
+
+
+def paged_cache(attn: Any, kv_cache: torch.Tensor, block_table: torch.Tensor) -> PagedCache:
+    """A layer's pages as the kernel takes them.
+
+    Args:
+        kv_cache: [pages, kv heads, page size, 2 x head size], K and V side by side.
+    """
+    key, value = kv_cache.transpose(1, 2).split(attn.head_size, dim=-1)
+    if attn.kv_cache_dtype not in FP8_CACHES:
+        return PagedCache(key, value, block_table)
+    fp8 = current_platform.fp8_dtype()
+    return PagedCache(key.view(fp8), value.view(fp8), block_table, attn._k_scale, attn._v_scale)
+
+
+def window_of(impl: Any) -> int:
+    """Keys that a query sees, its own included; 0: all.
+
+    Args:
+        impl: its `sliding_window` is how many on the left of its own, and on the right; -1: all.
+    """
+    return int(impl.sliding_window[0]) + 1

@@ -1,0 +1,55 @@
+"""Model Runner V2's step as a `plan.Batch`: pure functions of its host arrays.
+
+Apart from `runner_v2`, whose imports need a GPU.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from orthorank_vllm.selection.plan import Batch, Ints
+
+
+class RequestFacts:
+    """What a step needs to know of each running request, by vLLM's slot for it.
+
+    Attributes:
+        first_token: [slots] token id at position 0.
+        wants_prompt: [slots] whether its prompt's log-probabilities were asked for.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.first_token: Ints = np.zeros(slots, dtype=np.int64)
+        self.wants_prompt: npt.NDArray[np.bool_] = np.zeros(slots, dtype=np.bool_)
+
+    def add(self, slot: int, request: Any) -> None:
+        """
+        Args:
+            request: vLLM's `NewRequestData`; after a preemption it comes again.
+        """
+        self.first_token[slot] = request.prompt_token_ids[0]
+        params = request.sampling_params
+        self.wants_prompt[slot] = params is not None and params.prompt_logprobs is not None
+
+
+def batch_of(inputs: Any, states: Any, facts: RequestFacts) -> Batch | None:
+    """This step's requests, None where none of them has prompt tokens left.
+
+    Args:
+        inputs: vLLM's `InputBatch`; its counts are exact for prompts, and for a request that
+            generates it may count tokens that are not accepted yet, all of them past its prompt.
+        states: vLLM's `RequestState`.
+    """
+    # A dummy batch's slots are not those of its requests: none of them is in its prompt.
+    if not inputs.is_prefilling_np.any():
+        return None
+    slots = inputs.idx_mapping_np
+    batch = Batch(
+        num_computed=inputs.num_computed_tokens_np.astype(np.int64),
+        query_len=inputs.num_scheduled_tokens.astype(np.int64),
+        prompt_len=states.prompt_len.np[slots].astype(np.int64),
+        first_token=facts.first_token[slots],
+        is_read_whole=bool(facts.wants_prompt[slots].any()),
+    )
+    return batch if batch.prompt_tokens.any() else None

@@ -1,0 +1,230 @@
+"""What an OrthoRank model carries besides its stock modules."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.logger import init_logger
+from vllm.sequence import IntermediateTensors
+
+from orthorank_vllm.attention.backend import choose_way
+from orthorank_vllm.config import OrthoRankConfig
+from orthorank_vllm.engine.step_stats import Seconds, StepCounter
+from orthorank_vllm.engine.unsupported import check_supported
+from orthorank_vllm.model.decoder import Decoder
+from orthorank_vllm.model.forward import Outcome, SelectiveLayer, sparse_forward
+from orthorank_vllm.model.kernels import add_and_norm
+from orthorank_vllm.model.qkv import FusedWeight, PackedWeight, SlicedWeight, SplitWeight
+from orthorank_vllm.model.sinks import SinkTable
+from orthorank_vllm.model.tensor_parallel import is_first_rank
+from orthorank_vllm.options import OptionError
+from orthorank_vllm.selection.plan import Batch, Plan, make_plan, rehearsal_batch
+
+# vLLM shows the log lines of its own namespace only.
+logger = init_logger("vllm.orthorank")
+
+# Beside one slot for every running request, first tokens seen lately.
+SPARE_SINK_SLOTS = 64
+
+
+class OrthoRank:
+    """The resolved configuration, the sink table and the counts of one worker.
+
+    Attributes:
+        attention: how the layers of a sparse forward attend; may be replaced between forwards.
+        needs_model_state: Model Runner V2 has not yet asked for the model's state, which brings
+            it the plans.
+    """
+
+    def __init__(self, vllm_config: Any, model: Any) -> None:
+        """
+        Args:
+            model: see `Decoder`.
+
+        Raises:
+            OptionError: the engine was configured without OrthoRank's checks,
+                or for something that it cannot do.
+        """
+        settings = vllm_config.additional_config.get("orthorank")
+        if not settings or "num_layers" not in settings:
+            raise OptionError(
+                "an OrthoRank architecture was asked for by name, without its options: give "
+                '--orthorank-ratio, or additional_config["orthorank"], and leave the '
+                "architecture to the plugin"
+            )
+        check_supported(vllm_config)
+        self._decoder = Decoder(model)
+        model_config = vllm_config.model_config
+        self._max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+        self._sink_capacity = self._max_num_seqs + SPARE_SINK_SLOTS
+        self._hidden_size = model_config.get_hidden_size()
+        self._dtype = model_config.dtype
+        self._device = torch.get_default_device()
+        # The ranks compute the same tokens: one of them counts.
+        self._counter = StepCounter.of(vllm_config, self._decoder) if is_first_rank() else None
+        self._outcome: Outcome | None = None
+        # There vLLM sizes its KV cache by the memory that its first forward takes.
+        self._has_to_rehearse = self._device.type == "cuda"
+        self.needs_model_state = bool(vllm_config.use_v2_model_runner)
+        # Weights of layers that may yet become selective.
+        self._fused: dict[int, FusedWeight] = {}
+        self.config = OrthoRankConfig.from_dict(settings)
+        if not self.config.to_choose:
+            self.use_layers(self.config)
+
+    def use_layers(self, config: OrthoRankConfig) -> None:
+        """Take the layers that are final now, at once or after a calibration at start-up."""
+        self.config = config
+        ours = [layer for layer in config.layers if layer in self._decoder.layers]
+        self._selective = {
+            layer: SelectiveLayer(sink_row, self._split_of(layer))
+            for sink_row, layer in enumerate(ours)
+        }
+        self._fused = {}
+        self.attention = choose_way(
+            config.attention,
+            [layer.attn.attn for layer in self._decoder.layers.values()],
+            self._device.type,
+        )
+        self._sinks = SinkTable(
+            num_selective=len(ours),
+            capacity=self._sink_capacity,
+            hidden_size=self._hidden_size,
+            dtype=self._dtype,
+            device=self._device,
+        )
+        if self._counter is None:
+            return
+        self._counter.metrics.tell(config)
+        logger.info("%s, attention: %s", config.describe(), self.attention.description)
+        if self._device.type != "cpu":
+            logger.warning(
+                "OrthoRank's path for GPUs has never run on one: before you rely on it, compare "
+                "its outputs and its speed with stock vLLM's (`orthorank device-check`)."
+            )
+        if config.describe_lookups():
+            logger.warning(config.describe_lookups())
+        if not config.measured:
+            logger.warning(
+                "OrthoRank guessed its layers, which costs quality (%s): %s.",
+                config.source,
+                config.remedy,
+            )
+
+    def _split_of(self, layer: int) -> SplitWeight | None:
+        fused = self._fused.get(layer)
+        if fused is None:
+            return SlicedWeight.of(self._decoder.layers[layer].attn)
+        return PackedWeight(fused)
+
+    def plan(self, batch: Batch) -> Plan | None:
+        """The competition of one forward, None if it is a dense one."""
+        if self.config.to_choose:
+            raise RuntimeError("OrthoRank was to choose its layers at start-up and has not")
+        if not (self._decoder.is_first and self._decoder.is_last):
+            batch = self._with_known_sinks(batch)
+        return make_plan(batch, self.config.keep, self.config.window)
+
+    def _with_known_sinks(self, batch: Batch) -> Batch:
+        """Requests whose sink's state a pipeline stage lacks do not compete: it cannot compute it.
+
+        Every stage keeps its table in the same way, so all of them decide alike.
+        """
+        is_known = np.array([token in self._sinks for token in batch.first_token.tolist()])
+        is_served = is_known | (batch.num_computed == 0)
+        return replace(batch, prompt_len=np.where(is_served, batch.prompt_len, 0))
+
+    def forward(
+        self,
+        plan: Plan,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        from_earlier_stage: IntermediateTensors | None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """This stage's part of a forward with a plan.
+
+        Args:
+            input_ids, positions: [tokens] or more, which pad them; the ids are read in the first
+                stage.
+
+        Returns:
+            [tokens, hidden] final normalised states, right in the rows `plan.read`;
+            or what the next stage takes.
+        """
+        positions = positions[: plan.num_tokens]
+        delta: torch.Tensor | None = None
+        if self._decoder.is_first:
+            assert input_ids is not None
+            stream = self._decoder.embed(input_ids[: plan.num_tokens])
+        else:
+            assert from_earlier_stage is not None
+            stream, delta = from_earlier_stage["residual"], from_earlier_stage["hidden_states"]
+        stream, delta, self._outcome = sparse_forward(
+            self._decoder,
+            self._selective,
+            self._sinks,
+            self.attention,
+            plan,
+            positions,
+            stream,
+            delta,
+        )
+        if self._decoder.is_last:
+            hidden, _ = add_and_norm(self._decoder.norm, stream, delta)
+            return hidden
+        if delta is None:
+            delta = torch.zeros_like(stream)
+        return IntermediateTensors({"hidden_states": delta, "residual": stream})
+
+    @property
+    def has_to_rehearse(self) -> bool:
+        """Whether the next forward without requests is the one that vLLM measures memory with."""
+        return self._has_to_rehearse
+
+    def rehearse(self, input_ids: torch.Tensor | None, positions: torch.Tensor) -> None:
+        """Run the sparse forward once on dummy tokens, so that its memory is measured too.
+
+        Without requests there is no KV cache and no attention; nothing is counted or remembered.
+
+        Args:
+            input_ids, positions: [tokens], as many as a forward can have.
+
+        Raises:
+            RuntimeError: vLLM's runner would call the model without plans.
+        """
+        if self.needs_model_state:
+            raise RuntimeError(
+                "OrthoRank would be inactive: Model Runner V2 did not ask for the model's state"
+            )
+        self._has_to_rehearse = False
+        plan = self.plan(rehearsal_batch(len(positions), self._max_num_seqs))
+        if plan is not None:
+            self.forward(plan, input_ids, positions, None)
+            self._outcome = None
+            self._sinks.clear()
+
+    def count(self, batch: Batch | None, plan: Plan | None, seconds: Seconds) -> None:
+        """Count one step and this stage's part of its token updates, after its forward.
+
+        Args:
+            batch: None in a step without prompt tokens.
+        """
+        outcome, self._outcome = self._outcome, None
+        if (plan is None) != (outcome is None):
+            raise RuntimeError("OrthoRank made a plan and the model ran without it")
+        if self._counter is not None:
+            self._counter.count(batch, plan, outcome, tuple(self._selective), seconds)
+
+    def weights_changed(self) -> None:
+        """To be called when the model has loaded its weights, before vLLM packs them."""
+        layers = self._decoder.layers
+        candidates = layers if self.config.to_choose else self._selective
+        fused = {layer: FusedWeight.of(layers[layer].attn) for layer in candidates}
+        self._fused = {layer: weight for layer, weight in fused.items() if weight is not None}
+        if self.config.to_choose:
+            return
+        self._sinks.clear()
+        for layer, kept in self._selective.items():
+            kept.split = self._split_of(layer)
+        self._fused = {}

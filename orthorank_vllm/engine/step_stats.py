@@ -1,0 +1,135 @@
+"""What each forward did, counted without waiting for the device.
+
+All but the exact number of skipped updates is known on the host. That number is copied as the
+forward ends and counted when it has come: at once on CPU, else with a later step.
+"""
+
+from collections import deque
+from typing import Any, NamedTuple
+
+import torch
+
+from orthorank_vllm.flops import Shapes
+from orthorank_vllm.metrics import definitions
+from orthorank_vllm.metrics.recorder import WorkerMetrics, labels_of
+from orthorank_vllm.model.decoder import Decoder
+from orthorank_vllm.model.forward import Outcome
+from orthorank_vllm.selection.plan import Batch, Plan
+
+
+class OnItsWay:
+    """Numbers that the device has still to finish."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._on_host = numbers.to("cpu", non_blocking=True)
+        self._copied: torch.Event | None = None
+        if not numbers.is_cpu:
+            self._copied = torch.Event(numbers.device)
+            self._copied.record()
+
+    @property
+    def has_come(self) -> bool:
+        return self._copied is None or self._copied.query()
+
+    def read(self) -> list[int]:
+        """Once it `has_come`."""
+        return self._on_host.tolist()
+
+
+class Seconds(NamedTuple):
+    """What a step took on the host.
+
+    Attributes:
+        plan: from the runner's numbers to the plan.
+        forward: the model's forward.
+    """
+
+    plan: float
+    forward: float
+
+
+class StepCounter:
+    """Counts the steps of one worker."""
+
+    def __init__(
+        self, metrics: WorkerMetrics, shapes: Shapes, is_first_stage: bool, last_layer: int | None
+    ) -> None:
+        """
+        Args:
+            is_first_stage: whether steps, prompt tokens and sinks are counted here.
+            last_layer: the model's, if it is in this stage.
+        """
+        self.metrics = metrics
+        self._shapes = shapes
+        self._is_first_stage = is_first_stage
+        self._last_layer = last_layer
+        self._waiting: deque[tuple[int, tuple[int, ...], OnItsWay]] = deque()
+
+    @classmethod
+    def of(cls, vllm_config: Any, decoder: Decoder) -> "StepCounter":
+        return cls(
+            WorkerMetrics(labels_of(vllm_config), decoder.layers),
+            Shapes.of(vllm_config.model_config.hf_text_config),
+            decoder.is_first,
+            decoder.last_layer if decoder.is_last else None,
+        )
+
+    def count(
+        self,
+        batch: Batch | None,
+        plan: Plan | None,
+        outcome: Outcome | None,
+        selective: tuple[int, ...],
+        seconds: Seconds,
+    ) -> None:
+        """One step, after its forward.
+
+        Args:
+            batch: None in a step without prompt tokens.
+            plan, outcome: None in a stock step.
+            selective: this stage's selective layers, in the order of `outcome.skipped`.
+        """
+        self._settle()
+        path = definitions.STOCK if outcome is None else definitions.SPARSE
+        if self._is_first_stage:
+            self.metrics.count_step(path, seconds.forward)
+        if batch is None:
+            return
+        prompt_tokens = int(batch.prompt_tokens.sum())
+        if self._is_first_stage:
+            self.metrics.count_prefill_step(path, prompt_tokens, seconds.forward, seconds.plan)
+        if plan is None or outcome is None:
+            self.metrics.count_updates(prompt_tokens, {})
+            return
+        is_first = self._is_first_stage
+        self.metrics.count_saved(
+            flops_saved(plan, self._shapes, len(selective), self._last_layer not in selective),
+            outcome.sink_hits if is_first else 0,
+            outcome.sink_misses if is_first else 0,
+        )
+        self._waiting.append((prompt_tokens, selective, OnItsWay(outcome.skipped)))
+        self._settle()
+
+    def _settle(self) -> None:
+        while self._waiting and self._waiting[0][2].has_come:
+            prompt_tokens, selective, skipped = self._waiting.popleft()
+            by_layer = dict(zip(selective, skipped.read(), strict=True))
+            self.metrics.count_updates(prompt_tokens, by_layer)
+
+
+def flops_saved(plan: Plan, shapes: Shapes, num_selective: int, is_last_layer_dense: bool) -> float:
+    """Floating-point operations that a forward with this plan does not make.
+
+    An estimate: a skipped token is taken to stand in the middle of its request's part, and all
+    that its layer computes for it, K and V apart, to be left out.
+
+    Args:
+        is_last_layer_dense: then it computes only what is read.
+    """
+    batch = plan.batch
+    skipped = num_selective * (batch.query_len - plan.selected_per_request)
+    if is_last_layer_dense and plan.read is not None:
+        skipped = skipped + batch.query_len - plan.read_per_request
+    keys = batch.num_computed + (batch.prompt_tokens + 1) / 2
+    total = float(skipped.sum())
+    return total * shapes.update(float((skipped * keys).sum()) / total) if total else 0.0

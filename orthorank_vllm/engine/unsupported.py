@@ -1,0 +1,249 @@
+"""vLLM features that cannot be right together with OrthoRank yet: refused by name.
+
+Checked when the engine is configured, before any weight is read, and once more
+by every worker.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from orthorank_vllm.compat import uses_micro_batches, uses_sequence_parallelism
+from orthorank_vllm.options import OptionError
+
+# Proposers whose drafts do not come from the target's hidden states.
+SPECULATION_WITHOUT_DRAFT_MODEL = ("ngram", "ngram_gpu", "suffix")
+# Those that `attention.pages.read_back` knows.
+READ_BACK_KV_CACHE_DTYPES = (
+    *("auto", "float32", "float16", "bfloat16"),
+    *("fp8", "fp8_e4m3", "fp8_e5m2"),
+)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One feature: the option as the user knows it, how to see it, and the reason.
+
+    `value` returns what was asked for, or None where the feature is off.
+    """
+
+    option: str
+    value: Callable[[Any], object]
+    reason: str
+
+
+def _if_above_one(size: int | None) -> int | None:
+    return size if size is not None and size > 1 else None
+
+
+def _speculation(vllm_config: Any) -> object:
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.method in SPECULATION_WITHOUT_DRAFT_MODEL:
+        return None
+    return speculative.method
+
+
+def _compilation_mode(vllm_config: Any) -> object:
+    from vllm.config import CompilationMode
+
+    mode = vllm_config.compilation_config.mode
+    return mode.name if mode == CompilationMode.STOCK_TORCH_COMPILE else None
+
+
+def _full_cudagraphs(vllm_config: Any) -> object:
+    mode = vllm_config.compilation_config.cudagraph_mode
+    return mode.name if mode is not None and mode.name == "FULL" else None
+
+
+def _device(vllm_config: Any) -> object:
+    device = vllm_config.device_config.device_type
+    if device == "cuda":
+        # vLLM calls AMD's GPUs by the same name.
+        from vllm.platforms import current_platform
+
+        return "rocm" if current_platform.is_rocm() else None
+    return None if device == "cpu" else device
+
+
+def _kv_cache_dtype(vllm_config: Any) -> object:
+    dtype = vllm_config.cache_config.cache_dtype
+    return None if dtype in READ_BACK_KV_CACHE_DTYPES else dtype
+
+
+def _model_setting(name: str) -> Callable[[Any], object]:
+    """Of the model's own configuration; None if it is not there."""
+    return lambda vllm_config: getattr(vllm_config.model_config.hf_text_config, name, None)
+
+
+def _attention_sinks(vllm_config: Any) -> object:
+    config = vllm_config.model_config.hf_text_config
+    # Granite's models with windows in some layers have them unless they say otherwise.
+    is_granite = config.model_type.startswith("granite")
+    default = is_granite and getattr(config, "layer_types", None) is not None
+    return getattr(config, "attention_sinks", default) or None
+
+
+def _data_parallel_experts(vllm_config: Any) -> object:
+    size = _if_above_one(vllm_config.parallel_config.data_parallel_size)
+    return size if vllm_config.model_config.is_moe else None
+
+
+REFUSALS = (
+    Refusal("device", _device, "it is written for CPU and for NVIDIA's GPUs"),
+    Refusal(
+        "--pipeline-parallel-size",
+        lambda c: _if_above_one(c.parallel_config.pipeline_parallel_size),
+        "vLLM's own pipeline does not run on CPU, and on GPUs it has not been tried",
+    ),
+    Refusal(
+        "--decode-context-parallel-size",
+        lambda c: _if_above_one(c.parallel_config.decode_context_parallel_size),
+        "each rank holds only a part of the KV cache",
+    ),
+    Refusal(
+        "--prefill-context-parallel-size",
+        lambda c: _if_above_one(getattr(c.parallel_config, "prefill_context_parallel_size", None)),
+        "each rank holds only a part of the prompt",
+    ),
+    Refusal(
+        "--data-parallel-size",
+        _data_parallel_experts,
+        "the ranks of a mixture of experts exchange rows, and each selects its own",
+    ),
+    Refusal(
+        "--enable-eplb",
+        lambda c: c.parallel_config.enable_eplb or None,
+        "the experts' load would be counted on selected rows alone",
+    ),
+    Refusal(
+        "--enable-return-routed-experts",
+        lambda c: getattr(c.model_config, "enable_return_routed_experts", False) or None,
+        "experts would be reported for selected rows alone",
+    ),
+    Refusal(
+        "--enable-dbo",
+        lambda c: uses_micro_batches(c.parallel_config) or None,
+        "micro-batches would each get the whole batch's plan",
+    ),
+    Refusal(
+        "--compilation-config pass_config.enable_sp",
+        lambda c: uses_sequence_parallelism(c.compilation_config) or None,
+        "each rank would hold a part of the residual stream",
+    ),
+    Refusal(
+        "--enable-lora",
+        lambda c: c.lora_config and "set",
+        "adapters are applied by row, and a selective layer computes other rows",
+    ),
+    Refusal(
+        "--speculative-config",
+        _speculation,
+        "a draft model reads hidden states that OrthoRank does not update; n-gram and suffix "
+        "speculation work",
+    ),
+    Refusal(
+        "--runner",
+        lambda c: None if c.model_config.runner_type == "generate" else c.model_config.runner_type,
+        "it accelerates generation, and a pooled state would need every token",
+    ),
+    Refusal(
+        "--enable-prompt-embeds",
+        lambda c: c.model_config.enable_prompt_embeds or None,
+        "an embedded prompt has no first token id",
+    ),
+    Refusal(
+        "multimodal input",
+        lambda c: c.model_config.is_multimodal_model or None,
+        "an image has no token ids",
+    ),
+    Refusal(
+        "is_causal",
+        lambda c: None if getattr(c.model_config.hf_text_config, "is_causal", True) else "false",
+        "without causal attention there is no sink token",
+    ),
+    Refusal(
+        "llama_4_scaling",
+        _model_setting("llama_4_scaling"),
+        "this model scales its queries by their position",
+    ),
+    Refusal(
+        "dual_chunk_attention_config",
+        _model_setting("dual_chunk_attention_config"),
+        "this model's attention works in chunks of its own",
+    ),
+    Refusal(
+        "attention_sinks",
+        _attention_sinks,
+        "in this model position 0 does not see itself alone",
+    ),
+    Refusal(
+        "--cpu-offload-gb",
+        lambda c: c.offload_config.uva.cpu_offload_gb or None,
+        "weights are fetched by each layer's forward, which a selective layer does not enter",
+    ),
+    Refusal(
+        "--offload-group-size",
+        lambda c: c.offload_config.prefetch.offload_group_size or None,
+        "weights are fetched by each layer's forward, which a selective layer does not enter",
+    ),
+    Refusal(
+        "--kv-transfer-config",
+        lambda c: c.kv_transfer_config and c.kv_transfer_config.kv_connector,
+        "connectors hook the stock attention, which a selective layer does not call",
+    ),
+    Refusal(
+        "--kv-cache-dtype",
+        _kv_cache_dtype,
+        "what such a cache makes of the sink's V is not known here; auto and fp8 work",
+    ),
+    Refusal(
+        "--calculate-kv-scales",
+        lambda c: getattr(c.cache_config, "calculate_kv_scales", False) or None,
+        "scales are calculated by the stock attention, which a selective layer may not call",
+    ),
+    Refusal(
+        "--enable-sleep-mode",
+        lambda c: c.model_config.enable_sleep_mode or None,
+        "the sink's states would outlive the weights",
+    ),
+    Refusal(
+        "--compilation-config mode",
+        _compilation_mode,
+        "the whole model would be compiled, the choice of the path with it",
+    ),
+    Refusal(
+        "--compilation-config cudagraph_mode",
+        _full_cudagraphs,
+        "prefill would be replayed from a graph; FULL_AND_PIECEWISE works",
+    ),
+    Refusal(
+        "VLLM_USE_BREAKABLE_CUDAGRAPH",
+        lambda _: _environment_flag("VLLM_USE_BREAKABLE_CUDAGRAPH"),
+        "prefill would be replayed from a graph",
+    ),
+    Refusal(
+        "VLLM_BATCH_INVARIANT",
+        lambda _: _environment_flag("VLLM_BATCH_INVARIANT"),
+        "which tokens compete depends on where the scheduler cuts chunks",
+    ),
+)
+
+
+def _environment_flag(name: str) -> str | None:
+    value = os.environ.get(name, "0")
+    return None if value in ("", "0") else value
+
+
+def check_supported(vllm_config: Any) -> None:
+    """
+    Raises:
+        OptionError: names the first feature that is in the way, and why.
+    """
+    for refusal in REFUSALS:
+        value = refusal.value(vllm_config)
+        if value is not None:
+            raise OptionError(
+                f"{refusal.option} {value}: not possible with OrthoRank, {refusal.reason}; "
+                "change it, or switch OrthoRank off with --orthorank-ratio 0"
+            )

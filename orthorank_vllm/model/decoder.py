@@ -1,0 +1,153 @@
+"""vLLM's decoders by their parts: what the families share, and the few places where they differ.
+
+The sparse forward and the measurements know a model by these parts alone. A family made of them
+is served by naming it in `architectures`; what else a layer may hold is refused here.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.model_executor.models.utils import PPMissingLayer
+
+from orthorank_vllm.model.kernels import mlp, norm_heads, rotate
+from orthorank_vllm.options import OptionError
+
+# Parts with which a layer computes more than this module knows of, by where they are.
+UNKNOWN_PARTS = {
+    "do_llama_4_scaling": "queries scaled by their position",
+    "dual_chunk_attention_config": "dual-chunk attention",
+    "ada_rms_norm_t_cond": "a norm conditioned on time",
+    "sinks": "learned attention sinks, with which position 0 does not see itself alone",
+}
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One layer, its modules vLLM's own.
+
+    Attributes:
+        attn: with `qkv_proj`, `attn`, `o_proj`, and the sizes `q_size` and `kv_size`.
+        feed_forward: the MLP or the mixture of experts.
+        rotary: None in a layer without position embedding.
+        query_norm, key_norm: of each head, where there are such (Qwen3).
+        residual_scale: of what a layer adds to the residual stream (Granite).
+    """
+
+    input_norm: Any
+    attn: Any
+    post_norm: Any
+    feed_forward: Any
+    rotary: Any
+    query_norm: Any
+    key_norm: Any
+    residual_scale: float
+
+    @classmethod
+    def of(cls, layer: Any) -> "DecoderLayer":
+        """
+        Raises:
+            OptionError: it is not made of these parts.
+        """
+        attn = layer.self_attn
+        for owner in (layer, attn):
+            for name, what in UNKNOWN_PARTS.items():
+                if getattr(owner, name, None) not in (None, False):
+                    raise OptionError(
+                        f"--orthorank-ratio: not possible with this model, its layers have {what}"
+                    )
+        return cls(
+            input_norm=layer.input_layernorm,
+            attn=attn,
+            post_norm=layer.post_attention_layernorm,
+            feed_forward=layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe,
+            rotary=attn.rotary_emb if getattr(attn, "use_rope", True) else None,
+            query_norm=getattr(attn, "q_norm", None),
+            key_norm=getattr(attn, "k_norm", None),
+            residual_scale=float(getattr(layer, "residual_multiplier", 1.0)),
+        )
+
+    def queries(self, positions: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        """Normalised and rotated; what is given may be used up.
+
+        Args:
+            positions: [tokens].
+            projected: [tokens, heads x head size].
+        """
+        return self._placed(positions, self._normed(self.query_norm, projected), None)[0]
+
+    def keys(self, positions: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        """The same for keys, [tokens, kv heads x head size]."""
+        return self._placed(positions, self._normed(self.key_norm, projected), None)[0]
+
+    def queries_and_keys(
+        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for queries and keys of the same tokens, at once."""
+        query, key = self._normed(self.query_norm, query), self._normed(self.key_norm, key)
+        return self._placed(positions, query, key)
+
+    def after_attention(self, attended: torch.Tensor) -> torch.Tensor:
+        """What attention adds to the residual stream.
+
+        Args:
+            attended: [tokens, heads x head size].
+        """
+        output, _ = self.attn.o_proj(attended)
+        return self._scaled(output)
+
+    def after_feed_forward(self, normed: torch.Tensor) -> torch.Tensor:
+        """What the MLP or the experts add to the residual stream.
+
+        Args:
+            normed: [tokens, hidden].
+        """
+        return self._scaled(mlp(self.feed_forward, normed))
+
+    def _normed(self, norm: Any, heads: torch.Tensor) -> torch.Tensor:
+        return heads if norm is None else norm_heads(norm, heads, self.attn.head_dim)
+
+    def _placed(
+        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Any]:
+        return (query, key) if self.rotary is None else rotate(self.rotary, positions, query, key)
+
+    def _scaled(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta if self.residual_scale == 1 else delta.mul_(self.residual_scale)
+
+
+class Decoder:
+    """The model between token ids and final states, or the part of it that a pipeline stage holds.
+
+    Attributes:
+        layers: this stage's, by their index in the model.
+        is_first, is_last: whether it embeds the tokens, and whether it normalises what comes out.
+        last_layer: index of the model's last layer, wherever it is.
+        norm: the last one; a placeholder where another stage has it.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """
+        Args:
+            model: vLLM's `LlamaModel` or one with the same parts
+                (vllm/model_executor/models/llama.py).
+
+        Raises:
+            OptionError: see `DecoderLayer.of`.
+        """
+        self.layers = {
+            index: DecoderLayer.of(layer)
+            for index, layer in enumerate(model.layers)
+            if not isinstance(layer, PPMissingLayer)
+        }
+        self.last_layer = len(model.layers) - 1
+        self.is_first = 0 in self.layers
+        self.is_last = self.last_layer in self.layers
+        self.norm = model.norm
+        self._embed = model.embed_input_ids
+        self._embedding_scale = float(getattr(model.config, "embedding_multiplier", 1.0))
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[T] token ids to the [T, hidden] residual stream that enters the first layer."""
+        stream: torch.Tensor = self._embed(tokens)
+        return stream if self._embedding_scale == 1 else stream * self._embedding_scale

@@ -1,0 +1,122 @@
+"""The selection rule: which tokens a selective layer updates.
+
+Rules 1 to 4 of README.md, "The selection rule"; arXiv 2507.03865, section 4,
+with windows added. Device tensors only, no synchronisation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from orthorank_vllm.selection.plan import Ints, Plan
+from orthorank_vllm.selection.transfer import to_device
+
+
+@dataclass(frozen=True)
+class Competition:
+    """A plan's arrays on the device, all int64; see `plan.Plan`.
+
+    Attributes:
+        pair: [C] candidate and its own request's sink, as an index into all [tokens, R] pairs.
+        rank: [C] what orders candidates before their scores do: the window part in
+            the upper half, and below it the bit that puts a sink after all others.
+    """
+
+    candidates: torch.Tensor
+    pair: torch.Tensor
+    rank: torch.Tensor
+    winners: torch.Tensor
+    always: torch.Tensor
+
+    @staticmethod
+    def arrays_of(plan: Plan) -> tuple[Ints, ...]:
+        """The attributes on the host, in order."""
+        rank = plan.part << 32
+        rank[plan.at_position_0] |= 1 << 31
+        pair = plan.candidates * len(plan.requests) + plan.request
+        return plan.candidates, pair, rank, plan.winners, plan.always
+
+    @classmethod
+    def of_arrays(cls, plan: Plan, arrays: Sequence[torch.Tensor]) -> "Competition":
+        """
+        Args:
+            arrays: those of `arrays_of`, on the device.
+        """
+        return cls(*arrays)
+
+    @classmethod
+    def of(cls, plan: Plan, device: torch.device) -> "Competition":
+        return cls.of_arrays(plan, to_device(cls.arrays_of(plan), device))
+
+    def rows(
+        self, stream: torch.Tensor, sink_rows: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """Rows to update, ascending: see `select`.
+
+        Args:
+            stream: [tokens, hidden] residual stream that enters the layer.
+            sink_rows: [capacity, hidden] states of position 0 there.
+            slots: [R] int64, each request's place among them.
+
+        Returns:
+            [plan.num_selected] int64.
+        """
+        return select(score(stream, sink_rows.index_select(0, slots), self), self)
+
+
+def score(stream: torch.Tensor, sinks: torch.Tensor, competition: Competition) -> torch.Tensor:
+    """`|cos|` between each candidate and its request's sink, times the length of that sink.
+
+    Lower is more important. The length is the same for all that compete with each other.
+
+    Args:
+        stream: [tokens, hidden] residual stream that enters the layer.
+        sinks: [R, hidden] the same for each request's position 0.
+
+    Returns:
+        [C] float32.
+    """
+    stream = stream.float()
+    # Against every sink: cheaper than a copy of each token's own, for all but
+    # hundreds of prompts in one forward.
+    products = stream.mv(sinks[0].float())[:, None] if len(sinks) == 1 else stream @ sinks.float().T
+    products.div_(torch.linalg.vector_norm(stream, dim=-1, keepdim=True))
+    return products.flatten().index_select(0, competition.pair).abs_()
+
+
+def select(scores: torch.Tensor, competition: Competition) -> torch.Tensor:
+    """Rows to update, ascending.
+
+    A prompt's last token is appended whether it won or not, so that the length
+    is known on the host; if it won it stands there twice, which changes nothing
+    (the same row is computed and written twice).
+
+    Args:
+        scores: [C] float32, not negative.
+
+    Returns:
+        [plan.num_selected] int64.
+    """
+    # On so few numbers numpy's operations, on the same memory, take two thirds of torch's time.
+    return (select_by_numpy if scores.is_cpu else select_by_torch)(scores, competition)
+
+
+def select_by_torch(scores: torch.Tensor, competition: Competition) -> torch.Tensor:
+    """See `select`; on any device."""
+    # Floats that are not negative are ordered like their bits, and leave the sign bit free.
+    by_part_and_score = (competition.rank | scores.view(torch.int32)).argsort(stable=True)
+    winners = by_part_and_score.index_select(0, competition.winners)
+    winners = competition.candidates.index_select(0, winners)
+    return torch.cat([winners, competition.always]).sort().values
+
+
+def select_by_numpy(scores: torch.Tensor, competition: Competition) -> torch.Tensor:
+    """See `select`; on CPU, in the same steps."""
+    rank, candidates = competition.rank.numpy(), competition.candidates.numpy()
+    by_part_and_score = (rank | scores.numpy().view(np.int32)).argsort(kind="stable")
+    winners = candidates[by_part_and_score[competition.winners.numpy()]]
+    rows = np.concatenate([winners, competition.always.numpy()])
+    rows.sort()
+    return torch.from_numpy(rows)

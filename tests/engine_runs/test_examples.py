@@ -1,0 +1,113 @@
+"""The examples, run as their README says, on the real model's first six layers."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.support.servers import API_KEY, Server, serving
+
+EXAMPLES = ROOT / "examples"
+# Six layers have no profile, so they are named; one third of two layers in six is 0.222.
+SPARSE = ("--orthorank-layers", "2,4")
+
+
+def run(example: str, *arguments: str, said: str = "", **environment: str) -> str:
+    """What an example prints; a failure of it is the test's."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / example, *arguments],
+        input=said,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OPENAI_API_KEY": API_KEY, **environment},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def server(small_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("sparse")
+    with serving(small_model_path, folder, "--enforce-eager", *SPARSE) as started:
+        yield started
+
+
+@pytest.mark.model
+def test_offline_answers_each_prompt(model_path: str) -> None:
+    """With the shipped profile, of which the first six layers have none."""
+    options = ("--dtype", "float32", "--enforce-eager")
+    printed = run("offline.py", model_path, *options, VLLM_LOGGING_LEVEL="INFO")
+    assert "OrthoRank is active: ratio 0.311 (asked for 0.3)" in printed
+    assert len(re.findall(r"^'.+' -> '.+'$", printed, re.MULTILINE)) == 3
+
+
+@pytest.mark.server
+@pytest.mark.model
+def test_the_openai_client_completes_and_tells_what_was_skipped(server: Server) -> None:
+    printed = run("openai_client.py", "one two three " * 100, "--url", server.url)
+    [tokens, skipped] = re.findall(r"(\d+) prompt tokens; prefill skipped (.*)% of", printed)[0]
+    assert int(tokens) > 200
+    assert float(skipped) == pytest.approx(22.2, abs=0.5)
+
+
+@pytest.mark.server
+@pytest.mark.model
+def test_a_chat_streams_each_answer_and_remembers(server: Server) -> None:
+    said = "Say hello.\nAnd now goodbye.\n\nnot asked\n"
+    before = server.metric("vllm:request_success_total", finished_reason="length")
+    before += server.metric("vllm:request_success_total", finished_reason="stop")
+    printed = run("chat_streaming.py", "--url", server.url, said=said)
+    after = server.metric("vllm:request_success_total", finished_reason="length")
+    after += server.metric("vllm:request_success_total", finished_reason="stop")
+    assert len(re.findall(r"^\[first token after \d+\.\d+ s\]$", printed, re.MULTILINE)) == 2
+    assert after - before == 2
+
+
+@pytest.mark.server
+@pytest.mark.model
+def test_a_long_prompt_is_timed_on_both_servers(
+    server: Server, small_model_path: str, tmp_path: Path
+) -> None:
+    with serving(small_model_path, tmp_path, "--enforce-eager") as stock:
+        arguments = ("--tokens", "300", "--rounds", "2")
+        printed = run("long_prompt.py", "--url", server.url, "--stock", stock.url, *arguments)
+        [tokens] = re.findall(r"^(\d+) prompt tokens, 2 pairs", printed)
+        assert 200 < int(tokens) < 600
+        assert re.search(r"^times as fast: \d+\.\d\d \(", printed, re.MULTILINE)
+        # Each round is another prompt: nothing but the model's name may come from the cache.
+        computed = server.metric("orthorank_prefill_tokens_total")
+        assert computed > 2.5 * int(tokens)
+        swapped = subprocess.run(
+            [sys.executable, EXAMPLES / "long_prompt.py", "--url", stock.url],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert swapped.returncode == 2
+    assert f"--url: {stock.url} does not run OrthoRank" in swapped.stderr
+
+
+def test_the_readme_names_each_example_and_its_options() -> None:
+    text = (EXAMPLES / "README.md").read_text()
+    files = {path.name for path in EXAMPLES.glob("*.py")}
+    assert set(re.findall(r"\]\((\w+\.py)\)", text)) == files
+    for name in files:
+        options = set(
+            re.findall(
+                r"(?<=\s)--[a-z-]+",
+                " ".join(re.findall(f"^.*examples/{name}.*$", text, re.MULTILINE)),
+            )
+        )
+        known = {
+            node.value
+            for node in ast.walk(ast.parse((EXAMPLES / name).read_text()))
+            if isinstance(node, ast.Constant) and str(node.value).startswith("--")
+        }
+        assert options <= known, name

@@ -1,0 +1,90 @@
+"""What a worker tells of itself, and what its counts cost."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from orthorank_vllm import __version__
+from orthorank_vllm.config import OrthoRankConfig
+from orthorank_vllm.metrics import collector, definitions
+from orthorank_vllm.metrics.recorder import WorkerMetrics
+
+LABELS = {"model_name": "m", "engine": "0"}
+CONFIG = OrthoRankConfig(0.3, 1 / 3, 128, (1, 3), 5, "profile p")
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CollectorRegistry:
+    monkeypatch.setenv(collector.FOLDER_VARIABLE, os.fspath(tmp_path))
+    registry = CollectorRegistry()
+    registry.register(collector.FolderCollector(os.fspath(tmp_path)))
+    return registry
+
+
+def test_counters_and_histograms_are_zero_before_the_first_prompt(
+    registry: CollectorRegistry,
+) -> None:
+    """So that a rate over the first minutes is right, and an alert on it can fire."""
+    WorkerMetrics(LABELS, range(2))
+    value = registry.get_sample_value
+    assert value("orthorank_prefill_tokens_total", LABELS) == 0
+    assert value("orthorank_sink_misses_total", LABELS) == 0
+    assert value("orthorank_layer_token_updates_skipped_total", {**LABELS, "layer": "1"}) == 0
+    for path in ("sparse", "stock"):
+        by_path = {**LABELS, "path": path}
+        assert value("orthorank_step_duration_seconds_count", by_path) == 0
+        assert value("orthorank_step_prefill_tokens_total", by_path) == 0
+    assert value("orthorank_plan_duration_seconds_count", LABELS) == 0
+
+
+def test_what_is_run_stands_in_labels(registry: CollectorRegistry) -> None:
+    WorkerMetrics(LABELS, range(5)).tell(CONFIG)
+    value = registry.get_sample_value
+    told = {
+        "keep": "0.3333",
+        "window": "128",
+        "layers": "1,3",
+        "chosen_by": "profile p",
+        "measured": "true",
+        "version": __version__,
+    }
+    assert value("orthorank_config_info", {**LABELS, **told}) == 1
+    assert value("orthorank_ratio_asked", LABELS) == 0.3
+    assert value("orthorank_ratio_configured", LABELS) == pytest.approx(2 / 5 * 2 / 3)
+
+
+def test_guessed_layers_are_told_by_a_label(registry: CollectorRegistry) -> None:
+    config = replace(CONFIG, to_choose=1, num_layers=6).evenly_spaced("no time", "more time")
+    WorkerMetrics(LABELS, range(6)).tell(config)
+    [told] = [
+        sample.labels
+        for metric in registry.collect()
+        for sample in metric.samples
+        if sample.name == "orthorank_config_info"
+    ]
+    assert (told["measured"], told["chosen_by"]) == ("false", "even spacing, not measured: no time")
+
+
+def test_no_ratio_asked_is_told_where_none_was(registry: CollectorRegistry) -> None:
+    WorkerMetrics(LABELS, range(5)).tell(replace(CONFIG, ratio_asked=None))
+    assert registry.get_sample_value("orthorank_ratio_asked", LABELS) is None
+    assert registry.get_sample_value("orthorank_active", LABELS) == 1
+
+
+def test_an_engine_whose_layers_are_still_open_is_not_active(registry: CollectorRegistry) -> None:
+    WorkerMetrics(LABELS, range(5))
+    assert registry.get_sample_value("orthorank_active", LABELS) is None
+
+
+def test_every_name_is_told(registry: CollectorRegistry) -> None:
+    WorkerMetrics(LABELS, range(5)).tell(CONFIG)
+    assert {metric.name for metric in registry.collect()} == set(definitions.HELP)
+
+
+def test_a_worker_without_a_folder_stops_the_start_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(collector.FOLDER_VARIABLE, raising=False)
+    with pytest.raises(RuntimeError, match=collector.FOLDER_VARIABLE):
+        WorkerMetrics(LABELS, range(5))

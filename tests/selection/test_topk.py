@@ -1,0 +1,98 @@
+"""Scores, top-k in windows, and what is selected whatever its score."""
+
+import numpy as np
+import pytest
+import torch
+
+from orthorank_vllm.selection.plan import Batch, Plan, make_plan
+from orthorank_vllm.selection.topk import Competition, score, select_by_numpy, select_by_torch
+
+
+def select_rows(plan: Plan, scores: list[float]) -> list[int]:
+    competition = Competition.of(plan, torch.device("cpu"))
+    competing = torch.tensor(scores)[competition.candidates]
+    rows, same = select_by_numpy(competing, competition), select_by_torch(competing, competition)
+    assert rows.tolist() == same.tolist()
+    assert len(rows) == plan.num_selected
+    return rows.tolist()
+
+
+def prompt_plan(length: int, keep: float, window: int, computed: int = 0, total: int = 0) -> Plan:
+    plan = make_plan(
+        Batch(
+            num_computed=np.array([computed]),
+            query_len=np.array([length]),
+            prompt_len=np.array([total or length]),
+            first_token=np.array([1]),
+        ),
+        keep,
+        window,
+    )
+    assert plan is not None
+    return plan
+
+
+def competition_of(request: list[int]) -> Competition:
+    """Every row a candidate, of the request given."""
+    none = torch.empty(0, dtype=torch.int64)
+    rows = torch.arange(len(request))
+    return Competition(
+        candidates=rows,
+        pair=rows * (max(request) + 1) + torch.tensor(request),
+        rank=none,
+        winners=none,
+        always=none,
+    )
+
+
+def test_the_score_is_the_absolute_cosine_times_the_sinks_length() -> None:
+    """Break seen: without the absolute value a token opposite to the sink wins."""
+    stream = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
+    scores = score(stream, torch.tensor([[5.0, 0.0]]), competition_of([0, 0, 0, 0]))
+    torch.testing.assert_close(scores, torch.tensor([5.0, 5.0, 0.0, 5 * 0.5**0.5]))
+
+
+def test_every_token_is_scored_against_its_own_request() -> None:
+    """Break seen: position 0 from the wrong request."""
+    stream = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    sinks = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert score(stream, sinks, competition_of([0, 1, 1])).tolist() == [1.0, 0.0, 1.0]
+
+
+def test_the_score_is_computed_in_float32_whatever_the_model_runs_in() -> None:
+    stream = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    sinks = stream[:1]
+    scores = score(stream, sinks, competition_of([0] * 50))
+    assert scores.dtype == torch.float32
+    wanted = torch.cosine_similarity(stream.double(), sinks.double()).abs().float()
+    length = float(sinks.float().norm())
+    torch.testing.assert_close(scores / length, wanted, atol=1e-6, rtol=0)
+
+
+def test_the_lowest_scores_of_each_window_are_selected() -> None:
+    """Break seen: the highest."""
+    plan = prompt_plan(8, keep=0.5, window=4)
+    rows = select_rows(plan, [1.0, 0.2, 0.9, 0.1, 0.5, 0.6, 0.7, 0.8])
+    assert rows == [1, 3, 4, 5, 7]
+
+
+def test_ties_go_to_the_lower_position() -> None:
+    """Break seen: ties to the higher position."""
+    plan = prompt_plan(100, keep=0.25, window=0, computed=7, total=300)
+    assert select_rows(plan, [0.5] * 100) == list(range(25))
+
+
+def test_position_0_is_not_selected_even_where_its_score_is_lowest() -> None:
+    plan = prompt_plan(6, keep=0.5, window=0)
+    assert 0 not in select_rows(plan, [0.0, 0.5, 0.4, 0.3, 0.9, 0.8])
+
+
+def test_a_last_token_that_also_wins_stands_twice() -> None:
+    plan = prompt_plan(6, keep=1 / 3, window=0)
+    assert select_rows(plan, [1.0, 0.5, 0.4, 0.3, 0.9, 0.1]) == [3, 5, 5]
+
+
+@pytest.mark.parametrize("scores", [[0.0, 1e-30, 1e-38, 1e-45, 0.5, 1.0, 1.0000001]])
+def test_scores_are_ordered_down_to_the_smallest_float(scores: list[float]) -> None:
+    plan = prompt_plan(len(scores), keep=0.4, window=0, computed=3, total=99)
+    assert select_rows(plan, scores) == [0, 2, 3]

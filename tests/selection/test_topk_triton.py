@@ -1,0 +1,74 @@
+"""The selection without a sort, as a GPU computes it; see `tests/support/selection_cases.py`."""
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from orthorank_vllm.selection import topk_triton
+from orthorank_vllm.selection.topk_triton import LARGEST_WINDOW, SCORE_COLUMNS, SCORE_ROWS
+from tests.support.scripts import Script
+
+COMPARE = """
+from orthorank_vllm.device_check.kernel import selection_differs
+from tests.support.selection_cases import differing
+found = [line for seed in range(arguments[0]) for line in differing(seed)]
+answer([found, selection_differs("cpu", tokens=700, hidden=600)])
+"""
+
+
+def test_the_kernels_select_what_the_sort_selects() -> None:
+    """Breaks seen: ties to the higher position; a position 0 that wins."""
+    found, share = Script(COMPARE, 40, TRITON_INTERPRET="1", OMP_NUM_THREADS="1").answer
+    assert found == []
+    assert share == 0
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize(
+    ("kernel", "types", "constants"),
+    [
+        (
+            "_score",
+            {"score_ptr": "*fp32", "stream_ptr": "*bf16", "sink_ptr": "*bf16"},
+            {"ROWS": SCORE_ROWS, "COLUMNS": SCORE_COLUMNS},
+        ),
+        ("_select", {"score_ptr": "*fp32"}, {"SIZE": 128}),
+        ("_select", {"score_ptr": "*fp32"}, {"SIZE": LARGEST_WINDOW}),
+    ],
+)
+def test_the_kernels_compile(
+    kernel: str, types: dict[str, str], constants: dict[str, int], capability: int
+) -> None:
+    function: Any = getattr(topk_triton, kernel)
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else types.get(name, "*i64" if name.endswith("_ptr") else "i32")
+        for name in function.arg_names
+    }
+    source = ASTSource(function, signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert compiled.asm["cubin"]
+
+
+def test_a_sort_is_left_to_windows_too_large_to_compare_all_with_all() -> None:
+    import numpy as np
+
+    from orthorank_vllm.model.forward import _kind_of_competition
+    from orthorank_vllm.selection.plan import Batch, make_plan
+    from orthorank_vllm.selection.topk import Competition
+
+    length = np.array([900])
+    for window, kind in (
+        (0, Competition),
+        (LARGEST_WINDOW + 1, Competition),
+        (LARGEST_WINDOW, topk_triton.PartedCompetition),
+    ):
+        plan = make_plan(Batch(0 * length, length, length, length), 1 / 3, window)
+        assert plan is not None
+        assert _kind_of_competition(plan, torch.device("cuda")) is kind
+        assert _kind_of_competition(plan, torch.device("cpu")) is Competition

@@ -1,0 +1,209 @@
+"""Drive the real engine step by step, then replay what it scheduled on the reference.
+
+The engine decides the schedule (chunks, prefix-cache hits, preemption); it is
+read off vLLM's own scheduler, and the reference computes the same forwards.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm import LLM, SamplingParams
+
+from tests.support.reference import Reference, Request
+
+TOLERANCE = 1e-3
+# A choice closer than this may fall either way by float noise alone, and then two
+# correct implementations differ: a difference proves something only above it.
+SAFE_MARGIN = 1e-6
+
+
+@dataclass
+class Job:
+    """One request to the engine and what came back of it."""
+
+    prompt: list[int]
+    max_tokens: int = 1
+    arrives: int = 0
+    want_prompt_logprobs: bool = True
+    output: Any = None
+
+    @property
+    def generated(self) -> list[int]:
+        return list(self.output.outputs[0].token_ids)
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """One request's part in one forward."""
+
+    request_id: str
+    num_computed: int
+    num_tokens: int
+
+
+@dataclass
+class Run:
+    """Jobs, and every forward that the scheduler made of them."""
+
+    jobs: dict[str, Job] = field(default_factory=dict)
+    forwards: list[list[Scheduled]] = field(default_factory=list)
+
+    def chunks(self, job: Job) -> list[Scheduled]:
+        """The parts of one job, in order."""
+        wanted = next(name for name, other in self.jobs.items() if other is job)
+        return [part for forward in self.forwards for part in forward if part.request_id == wanted]
+
+
+class Engine:
+    """vLLM's engine in this process."""
+
+    def __init__(self, model_path: str, **options: Any) -> None:
+        self.llm = LLM(model_path, dtype="float32", **options)
+        engine_core: Any = self.llm.llm_engine.engine_core
+        self.core = engine_core.engine_core
+        self.scheduler = self.core.scheduler
+        self.default_budget = self.scheduler.max_num_scheduled_tokens
+
+    @property
+    def model(self) -> Any:
+        return self.core.model_executor.driver_worker.worker.model_runner.get_model()
+
+    def run(self, jobs: Sequence[Job], budget: Callable[[int], int] | None = None) -> Run:
+        """Serve the jobs.
+
+        Args:
+            budget: step number to the most tokens that this step may schedule.
+        """
+        engine = self.llm.llm_engine
+        run = Run()
+        waiting = sorted(jobs, key=lambda job: job.arrives)
+        names: dict[str, Job] = {}
+        schedule = self.scheduler.schedule
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            cached = output.scheduled_cached_reqs
+            computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+            for new in output.scheduled_new_reqs:
+                computed[new.req_id] = new.num_computed_tokens
+            if output.num_scheduled_tokens:
+                run.forwards.append(
+                    [
+                        Scheduled(name, computed[name], count)
+                        for name, count in output.num_scheduled_tokens.items()
+                    ]
+                )
+            return output
+
+        self.scheduler.schedule = recorded
+        try:
+            step = 0
+            while waiting or engine.has_unfinished_requests():
+                while waiting and waiting[0].arrives <= step:
+                    job = waiting.pop(0)
+                    external = f"job-{len(names)}"
+                    params = SamplingParams(
+                        temperature=0,
+                        max_tokens=job.max_tokens,
+                        ignore_eos=True,
+                        logprobs=5,
+                        prompt_logprobs=0 if job.want_prompt_logprobs else None,
+                    )
+                    prompt: Any = {"prompt_token_ids": job.prompt}
+                    name = engine.add_request(external, prompt, params)
+                    names[external] = job
+                    run.jobs[name] = job
+                self.scheduler.max_num_scheduled_tokens = (
+                    budget(step) if budget else self.default_budget
+                )
+                for output in engine.step():
+                    if output.finished:
+                        names[output.request_id].output = output
+                step += 1
+        finally:
+            self.scheduler.schedule = schedule
+            self.scheduler.max_num_scheduled_tokens = self.default_budget
+        return run
+
+
+@dataclass
+class Verdict:
+    """How far the engine is from the reference.
+
+    Attributes:
+        worst: largest difference of a log-probability.
+        compared: how many log-probabilities were compared.
+        margin: see `reference.Request.margin`, over all requests.
+        requests: the reference's requests, by the run's request ids.
+    """
+
+    worst: float = 0.0
+    compared: int = 0
+    margin: float = math.inf
+    requests: dict[str, Request] = field(default_factory=dict)
+
+
+def replay(run: Run, reference: Reference, earlier: Sequence[Request] = ()) -> Verdict:
+    """Compute the run's forwards on the reference and compare every log-probability.
+
+    Args:
+        earlier: requests of earlier runs that may have left K and V in the prefix cache.
+    """
+    verdict = Verdict()
+    requests = verdict.requests
+    seen: set[tuple[str, int]] = set()
+    for forward in run.forwards:
+        for part in forward:
+            job = run.jobs[part.request_id]
+            request = requests.get(part.request_id)
+            # A guess that was not accepted was no token of the request: its row says nothing, and
+            # its position is computed again once there is one.
+            known = len(job.prompt) + len(job.generated) - 1
+            start, end = part.num_computed, min(part.num_computed + part.num_tokens, known)
+            if start >= end:
+                continue
+            if request is None:
+                request = _begin(reference, job.prompt, start, [*earlier, *requests.values()])
+                requests[part.request_id] = request
+            elif start < request.computed:
+                request.restart(start)
+            for token in job.generated[len(request.tokens) - request.prompt_len :]:
+                if len(request.tokens) < end:
+                    request.append(token)
+            log_probs = request.forward(start, end)
+            for position in range(start, end):
+                # A position that is computed again is not sampled from again.
+                if (part.request_id, position) not in seen:
+                    seen.add((part.request_id, position))
+                    _compare(verdict, job, position, log_probs[position - start])
+    verdict.margin = min((request.margin for request in requests.values()), default=math.inf)
+    return verdict
+
+
+def _begin(
+    reference: Reference, prompt: list[int], cached: int, donors: Sequence[Request]
+) -> Request:
+    if cached == 0:
+        return reference.start(prompt)
+    for donor in donors:
+        if donor.computed >= cached and donor.tokens[:cached] == prompt[:cached]:
+            return donor.fork(prompt, cached)
+    raise AssertionError(f"the engine found {cached} cached tokens that no request computed")
+
+
+def _compare(verdict: Verdict, job: Job, position: int, log_probs: torch.Tensor) -> None:
+    """The distribution at `position` is that of the token at `position + 1`."""
+    following = position + 1
+    if following < len(job.prompt):
+        told = job.output.prompt_logprobs
+        entries = told[following] if told else {}
+    else:
+        entries = job.output.outputs[0].logprobs[following - len(job.prompt)]
+    for token, entry in entries.items():
+        difference = abs(entry.logprob - float(log_probs[token]))
+        # NaN must not pass for agreement.
+        verdict.worst = max(verdict.worst, difference if difference == difference else math.inf)
+        verdict.compared += 1
