@@ -144,7 +144,10 @@ def test_requests_with_a_few_prompt_tokens_left_by_the_cache_equal_the_reference
 def test_requests_with_a_few_prompt_tokens_left_by_a_chunk_equal_the_reference(
     engine: Engine, reference: Reference, monkeypatch: pytest.MonkeyPatch, left: int, requests: int
 ) -> None:
-    """All of them beside a prompt that arrives then."""
+    """All of them beside a prompt that arrives then.
+
+    Break seen: a prompt's last row not read.
+    """
     words = Words(10 * left + requests)
     chunk = 50
     # Alone a request takes what there is; beside others not more than this.
@@ -178,6 +181,7 @@ def test_a_prompt_of_one_token_between_decoding_and_a_prompt_equals_the_referenc
 def test_a_request_resumed_with_guesses_after_a_preemption_equals_the_reference(
     engine: Engine, reference: Reference
 ) -> None:
+    """Break seen: a prompt's last row not read."""
     words = Words(1)
     jobs = [answer(words.take(100), tokens=70) for _ in range(4)]
     run = engine.run(jobs)
