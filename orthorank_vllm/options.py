@@ -10,7 +10,7 @@ DEFAULT_KEEP = 1 / 3
 DEFAULT_WINDOW = 128
 DEFAULT_CALIBRATE_SECONDS = 60.0
 # What `attention` may be: ways for a sparse set of queries, see the package of that name.
-ATTENTION_WAYS = ("auto", "gather", "triton", "cpu")
+ATTENTION_BACKENDS = ("auto", "gather", "triton", "cpu")
 OPTION_NAMES = ("ratio", "keep", "window", "layers", "profile", "calibrate_seconds", "attention")
 # Positions are counted in 32 bits on the way.
 MOST_WINDOW = 2**31 - 1
@@ -107,8 +107,8 @@ def parse_calibrate_seconds(value: object) -> float:
 
 def parse_attention(value: object) -> str:
     """How the selected tokens attend."""
-    if not isinstance(value, str) or value not in ATTENTION_WAYS:
-        raise rejected("attention", value, f"give one of {', '.join(ATTENTION_WAYS)}")
+    if not isinstance(value, str) or value not in ATTENTION_BACKENDS:
+        raise rejected("attention", value, f"give one of {', '.join(ATTENTION_BACKENDS)}")
     return value
 
 

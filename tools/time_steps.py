@@ -62,15 +62,15 @@ class Engine:
 
     def watch(self) -> None:
         """Put the clocks in place, for the rest of this process."""
-        from orthorank_vllm.selection.topk import Competition
+        from orthorank_vllm.selection.topk import SegmentedTopK
 
         runner = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
         model = runner.get_model()
         plan = self._timed(model.orthorank.plan, "plan")
         model.orthorank.plan = lambda batch: None if self.is_stock else plan(batch)
         model.forward = self._timed(model.forward, "model")
-        competition: Any = Competition
-        competition.rows = self._timed(competition.rows, "selection")
+        top_k: Any = SegmentedTopK
+        top_k.rows = self._timed(top_k.rows, "selection")
         whole = self._timed(runner._model_forward, "all")
 
         def step(*args: Any, **kwargs: Any) -> Any:

@@ -20,13 +20,13 @@ from orthorank_vllm.selection.plan import Batch, Ints
 TRITON_FROM_CONTEXT = 4096
 
 # What may be asked for, by device; `auto` anywhere.
-WAYS_OF_DEVICE = {"cpu": ("cpu", "gather"), "cuda": ("gather", "triton")}
+BACKENDS_OF_DEVICE = {"cpu": ("cpu", "gather"), "cuda": ("gather", "triton")}
 
 
-class QueryAttention(Protocol):
+class AttentionPlan(Protocol):
     """Attention of one forward; layers that compute as many rows share what is prepared in it."""
 
-    def __call__(
+    def run(
         self,
         attn: Any,
         query: torch.Tensor,
@@ -48,52 +48,56 @@ class QueryAttention(Protocol):
             [selected, heads x head size].
         """
 
+    def write(self, attn: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write K and V of all tokens, where nothing attends."""
+
 
 @dataclass(frozen=True)
-class AttentionWay:
-    """How the selective and the dense layers of a sparse forward attend.
+class AttentionBackend:
+    """How the layers of a sparse forward attend.
 
     Attributes:
         description: for the start-up line.
-        of_some: for queries of which each request has so many (the array, [requests]).
-        of_all: for every token of a batch.
+        plan: for queries of which each request has so many (the array, [requests]), in batch
+            order; None: for every token of the batch.
     """
 
     description: str
-    of_some: Callable[[Batch, Ints], QueryAttention]
-    of_all: Callable[[Batch], QueryAttention]
+    plan: Callable[[Batch, Ints | None], AttentionPlan]
 
 
-def check_way(asked: str, device: str) -> None:
+def check_backend(asked: str, device: str) -> None:
     """
     Raises:
         OptionError: this way of attending is not for this device.
     """
-    ways = ("auto", *WAYS_OF_DEVICE[device])
+    ways = ("auto", *BACKENDS_OF_DEVICE[device])
     if asked not in ways:
         raise rejected("attention", asked, f"on this device ({device}) give {', '.join(ways)}")
 
 
-def choose_way(asked: str, attention_layers: Sequence[Any], device: str) -> AttentionWay:
+def choose_backend(asked: str, attention_layers: Sequence[Any], device: str) -> AttentionBackend:
     """
     Args:
-        asked: one of `options.ATTENTION_WAYS`.
+        asked: one of `options.ATTENTION_BACKENDS`.
         attention_layers: vLLM's `Attention` layers of the model.
 
     Raises:
         OptionError: the way asked for cannot serve this model here.
     """
-    check_way(asked, device)
+    check_backend(asked, device)
     if device == "cpu" and asked != "gather":
         from orthorank_vllm.attention.cpu import CpuAttention
 
-        return AttentionWay("cpu", CpuAttention, lambda batch: CpuAttention(batch, batch.query_len))
+        return AttentionBackend("cpu", CpuAttention)
 
     from orthorank_vllm.attention.stock import GatherAttention, StockAttention
 
-    gather = AttentionWay("gather", lambda batch, _: GatherAttention(), lambda _: StockAttention())
+    def gather(batch: Batch, rows_per_request: Ints | None) -> AttentionPlan:
+        return StockAttention() if rows_per_request is None else GatherAttention()
+
     if asked == "gather":
-        return gather
+        return AttentionBackend("gather", gather)
 
     from orthorank_vllm.attention.paged import TritonAttention, obstacle
 
@@ -102,17 +106,20 @@ def choose_way(asked: str, attention_layers: Sequence[Any], device: str) -> Atte
     if reason is not None and asked == "triton":
         raise rejected("attention", asked, f"it cannot serve {reason}; give auto or gather")
     if reason is not None:
-        return AttentionWay(f"gather (triton cannot serve {reason})", gather.of_some, gather.of_all)
-    if asked == "triton":
-        return AttentionWay("triton", TritonAttention, gather.of_all)
+        return AttentionBackend(f"gather (triton cannot serve {reason})", gather)
 
-    def by_length(batch: Batch, rows_per_request: Ints) -> QueryAttention:
+    def triton(batch: Batch, rows_per_request: Ints | None) -> AttentionPlan:
+        if rows_per_request is None:
+            return StockAttention()
         is_short = (batch.num_computed + batch.query_len).max() < TRITON_FROM_CONTEXT
         # The first forward compiles the kernel, whatever its length: in Model Runner V2 that is
         # one of vLLM's own at start-up, and no user waits for it.
-        if is_short and TritonAttention.has_run:
-            return gather.of_some(batch, rows_per_request)
+        if asked == "auto" and is_short and TritonAttention.has_run:
+            return GatherAttention()
         return TritonAttention(batch, rows_per_request)
 
-    description = f"triton from {TRITON_FROM_CONTEXT} tokens of context, gather below"
-    return AttentionWay(description, by_length, gather.of_all)
+    if asked == "triton":
+        return AttentionBackend("triton", triton)
+    return AttentionBackend(
+        f"triton from {TRITON_FROM_CONTEXT} tokens of context, gather below", triton
+    )

@@ -28,13 +28,15 @@ IN_BLOCKS = sdpa.is_faster_here()
 
 
 class CpuAttention:
-    """See `QueryAttention`."""
+    """See `AttentionPlan`."""
 
-    def __init__(self, batch: Batch, rows_per_request: Ints) -> None:
+    def __init__(self, batch: Batch, rows_per_request: Ints | None) -> None:
         """
         Args:
-            rows_per_request: [requests] how many queries each has, in batch order.
+            rows_per_request: [requests] how many queries each has, in batch order; None: all.
         """
+        if rows_per_request is None:
+            rows_per_request = batch.query_len
         request = np.repeat(np.arange(len(rows_per_request)), rows_per_request)
         self._all = _Runs(request)
         self._whole = sdpa.whole_requests(batch, rows_per_request) if IN_BLOCKS else []
@@ -46,7 +48,9 @@ class CpuAttention:
             self._left = _Runs(request[is_left])
         self._is_dense = bool((rows_per_request == batch.query_len).all())
 
-    def __call__(
+    write = staticmethod(write_kv)
+
+    def run(
         self,
         attn: Any,
         query: torch.Tensor,
@@ -55,7 +59,7 @@ class CpuAttention:
         rows: torch.Tensor | None,
         positions: torch.Tensor,
     ) -> torch.Tensor:
-        """See `QueryAttention`."""
+        """See `AttentionPlan`."""
         write_kv(attn, key, value)
         query = query.view(-1, attn.num_heads, attn.head_size)
         output = torch.empty_like(query)

@@ -43,7 +43,7 @@ def obstacle(attn: Any) -> str | None:
 
 
 class TritonAttention:
-    """See `QueryAttention`.
+    """See `AttentionPlan`.
 
     Attributes:
         has_run: whether the kernel has, and so is compiled, in this process.
@@ -60,7 +60,9 @@ class TritonAttention:
         self._rows_per_request = rows_per_request
         self._tiles: dict[int, torch.Tensor] = {}
 
-    def __call__(
+    write = staticmethod(write_kv)
+
+    def run(
         self,
         attn: Any,
         query: torch.Tensor,
@@ -69,7 +71,7 @@ class TritonAttention:
         rows: torch.Tensor | None,
         positions: torch.Tensor,
     ) -> torch.Tensor:
-        """See `QueryAttention`."""
+        """See `AttentionPlan`."""
         write_kv(attn, key, value)
         metadata, _, kv_cache, _ = get_attention_context(attn.layer_name)
         query = query.view(-1, attn.num_heads, attn.head_size)

@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 
+from orthorank_vllm.attention.kv_cache import write_kv
+
 
 class GatherAttention:
     """Of some rows, by attention of all."""
 
-    def __call__(
+    write = staticmethod(write_kv)
+
+    def run(
         self,
         attn: Any,
         query: torch.Tensor,
@@ -22,7 +26,7 @@ class GatherAttention:
         rows: torch.Tensor | None,
         positions: torch.Tensor,
     ) -> torch.Tensor:
-        """See `QueryAttention`."""
+        """See `AttentionPlan`."""
         assert rows is not None
         everyone = query.new_zeros(len(key), query.shape[1])
         everyone.index_copy_(0, rows, query)
@@ -33,7 +37,9 @@ class GatherAttention:
 class StockAttention:
     """Of every row."""
 
-    def __call__(
+    write = staticmethod(write_kv)
+
+    def run(
         self,
         attn: Any,
         query: torch.Tensor,
@@ -42,6 +48,6 @@ class StockAttention:
         rows: torch.Tensor | None,
         positions: torch.Tensor,
     ) -> torch.Tensor:
-        """See `QueryAttention`."""
+        """See `AttentionPlan`."""
         output: torch.Tensor = attn(query, key, value)
         return output

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from orthorank_vllm.selection.plan import Batch, Ints, Plan
+from orthorank_vllm.selection.plan import Batch, Ints
 
 
 class PackedTexts:
@@ -20,7 +20,8 @@ class PackedTexts:
 
     Attributes:
         tokens, positions: [T] int64.
-        batch: the same as `plan.make_plan` takes it.
+        batch: the texts as `plan.make_plan` takes them.
+        first_rows: [texts] int64, where each begins.
     """
 
     def __init__(self, texts: Sequence[Sequence[int]], device: torch.device) -> None:
@@ -34,77 +35,64 @@ class PackedTexts:
         )
         self.first_rows = torch.from_numpy(np.cumsum(lengths) - lengths).to(device)
         self.positions = torch.cat([torch.arange(length, device=device) for length in lengths])
-        self._rectangle = _Rectangle(lengths, device)
+        self.rectangle = Rectangle(lengths, device)
 
-    def attend(
-        self, attn: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
-        """Causal attention of every token to its own text.
 
-        Args:
-            attn: vLLM's `Attention` layer.
-            query, key, value: [T, heads x head size] and twice [T, kv heads x head size],
-                the first two rotated.
+class VarlenAttention:
+    """Causal attention of every text's queries to that text: an `AttentionPlan` without a cache."""
 
-        Returns:
-            [T, heads x head size].
+    def __init__(
+        self, texts: PackedTexts, rows_per_text: Ints | None = None, hides_others: bool = False
+    ) -> None:
         """
-        rectangle = self._rectangle
-        output = scaled_dot_product_attention(
-            rectangle.pad(query, attn.num_heads),
-            _per_head(rectangle.pad(key, attn.num_kv_heads), attn),
-            _per_head(rectangle.pad(value, attn.num_kv_heads), attn),
-            is_causal=True,  # which also hides the padding: it comes last
-            scale=attn.impl.scale,
-        )
-        return rectangle.unpad(output)
+        Args:
+            rows_per_text: how many queries each text has; None: all.
+            hides_others: whether rows without a query have no K and V, the first of a text apart.
+        """
+        self._texts = texts
+        self._hides_others = hides_others
+        self._queries = texts.rectangle
+        if rows_per_text is not None:
+            self._queries = Rectangle(rows_per_text, texts.tokens.device)
 
-    def attend_from(
+    def run(
         self,
         attn: Any,
-        rows: "SelectedRows",
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        visible: torch.Tensor | None = None,
+        rows: torch.Tensor | None,
+        positions: torch.Tensor,
     ) -> torch.Tensor:
-        """The same for the queries of some rows.
-
-        Args:
-            query: [selected, heads x head size].
-            visible: [T] bool, the keys that exist; None: all.
-
-        Returns:
-            [selected, heads x head size].
-        """
-        rectangle = self._rectangle
-        positions = rows.rectangle.pad(self.positions[rows.indices, None], 1)[:, 0, :, 0]
-        mask = torch.arange(rectangle.width, device=query.device) <= positions[:, :, None]
-        if visible is not None:
-            mask &= rectangle.pad(visible[:, None], 1)[:, 0, None, :, 0]
+        """[selected, heads x head size]: see `AttentionPlan.run`."""
+        keys = self._texts.rectangle
         output = scaled_dot_product_attention(
-            rows.rectangle.pad(query, attn.num_heads),
-            _per_head(rectangle.pad(key, attn.num_kv_heads), attn),
-            _per_head(rectangle.pad(value, attn.num_kv_heads), attn),
-            attn_mask=mask[:, None],
+            self._queries.pad(query, attn.num_heads),
+            _per_head(keys.pad(key, attn.num_kv_heads), attn),
+            _per_head(keys.pad(value, attn.num_kv_heads), attn),
+            attn_mask=None if rows is None else self._mask(rows, positions),
+            is_causal=rows is None,  # which also hides the padding: it comes last
             scale=attn.impl.scale,
         )
-        return rows.rectangle.unpad(output)
+        return self._queries.unpad(output)
+
+    def write(self, attn: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Nothing: K and V do not outlive the layer."""
+
+    def _mask(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """[texts, 1, longest part, longest text] bool, what each query sees."""
+        keys = self._texts.rectangle
+        of_cell = self._queries.pad(positions[:, None], 1)[:, 0, :, 0]
+        mask = torch.arange(keys.width, device=rows.device) <= of_cell[:, :, None]
+        if self._hides_others:
+            is_there = torch.zeros_like(self._texts.tokens, dtype=torch.bool)
+            is_there[rows] = True
+            is_there[self._texts.first_rows] = True  # without the sink no attention works
+            mask &= keys.pad(is_there[:, None], 1)[:, 0, None, :, 0]
+        return mask[:, None]
 
 
-class SelectedRows:
-    """The rows that one layer updates, grouped by text.
-
-    Attributes:
-        indices: [plan.num_selected] int64, ascending.
-    """
-
-    def __init__(self, plan: Plan, indices: torch.Tensor) -> None:
-        self.indices = indices
-        self.rectangle = _Rectangle(plan.selected_per_request, indices.device)
-
-
-class _Rectangle:
+class Rectangle:
     """Rows of consecutive groups as [groups, heads, longest group, head size], and back."""
 
     def __init__(self, lengths: Ints, device: torch.device) -> None:
@@ -122,10 +110,12 @@ class _Rectangle:
             ).to(device)
 
     def pad(self, rows: torch.Tensor, heads: int) -> torch.Tensor:
+        """[groups, heads, longest group, size] of [rows, heads x size]."""
         cells = rows if self._is_full else rows[self._row_of_cell]
         return cells.view(self._groups, self.width, heads, -1).transpose(1, 2)
 
     def unpad(self, cells: torch.Tensor) -> torch.Tensor:
+        """[rows, heads x size] of what `pad` gives."""
         rows = cells.transpose(1, 2).reshape(self._groups * self.width, -1)
         return rows if self._is_full else rows[self._cell_of_row]
 

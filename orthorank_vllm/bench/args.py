@@ -69,7 +69,7 @@ def _add_own(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class Asked:
+class BenchArgs:
     """The options, checked.
 
     Attributes:
@@ -90,7 +90,7 @@ class Asked:
     rule_flags: list[str]
 
     @classmethod
-    def of(cls, arguments: argparse.Namespace) -> "Asked":
+    def of(cls, arguments: argparse.Namespace) -> "BenchArgs":
         """
         Raises:
             OptionError: the first option that cannot be.
@@ -100,7 +100,7 @@ class Asked:
             raise OptionError(
                 f"{flag_of('ratio')}: not here, each server has its own ratio; give --ratios"
             )
-        asked = cls(
+        args = cls(
             model=arguments.model,
             ratios=[parse_option("--ratios", parse_ratio, r) for r in arguments.ratios.split(",")],
             lengths=_counts("--lengths", arguments.lengths),
@@ -113,12 +113,12 @@ class Asked:
             flags=flags,
             rule_flags=rule_flags,
         )
-        if not all(asked.ratios):
+        if not all(args.ratios):
             raise OptionError(
                 f"--ratios {arguments.ratios}: 0 is stock vLLM itself; give numbers above 0"
             )
-        check_writable(asked.folder / "results.json")
-        return asked
+        check_writable(args.folder / "results.json")
+        return args
 
 
 def split_flags(argv: list[str], model: str) -> tuple[list[str], list[str]]:

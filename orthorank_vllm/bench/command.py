@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from orthorank_vllm import __version__
-from orthorank_vllm.bench.args import Asked, add_arguments
+from orthorank_vllm.bench.args import BenchArgs, add_arguments
 from orthorank_vllm.bench.paired_stats import Round, measure_rounds
 from orthorank_vllm.bench.prompts import Prompt, Prompts
 from orthorank_vllm.bench.pruned_checkpoint import write_pruned
@@ -32,7 +32,7 @@ from orthorank_vllm.config import selective_count
 from orthorank_vllm.files import write_output
 from orthorank_vllm.flops import Shapes
 from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_WINDOW, OptionError
-from orthorank_vllm.selection.method import Treatment
+from orthorank_vllm.selection.method import Method
 
 __all__ = ["add_arguments", "run"]
 
@@ -52,46 +52,46 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from orthorank_vllm.offline.workers import model_config_of, tokenizer_of
 
-    asked = Asked.of(arguments)
+    args = BenchArgs.of(arguments)
     rule = _rule_of(arguments)
     model_config = model_config_of(arguments)
     shapes = Shapes.of(model_config.hf_text_config)
-    selective = [selective_count("--ratios", r, rule.keep, shapes.layers) for r in asked.ratios]
-    workloads = plan_workloads(asked.lengths, asked.clients, asked.output_len)
-    flags = [*_default_flags(asked, workloads, int(model_config.max_model_len)), *asked.flags]
-    tokens = tokenizer_of(model_config).encode(asked.text.content)
-    results = Results(asked.model, flags, shapes, rule, _machine())
+    selective = [selective_count("--ratios", r, rule.keep, shapes.layers) for r in args.ratios]
+    workloads = plan_workloads(args.lengths, args.clients, args.output_len)
+    flags = [*_default_flags(args, workloads, int(model_config.max_model_len)), *args.flags]
+    tokens = tokenizer_of(model_config).encode(args.text.content)
+    results = Results(args.model, flags, shapes, rule, _machine())
     try:
-        for ratio, layers in zip(asked.ratios, selective, strict=True):
+        for ratio, layers in zip(args.ratios, selective, strict=True):
             # Drawn before any server starts: a text that is too short shows at once.
             prompts = Prompts(tokens)
             drawn = [
-                [workload.draw(prompts) for _ in range(WARM_UPS + asked.pairs)]
+                [workload.draw(prompts) for _ in range(WARM_UPS + args.pairs)]
                 for workload in workloads
             ]
             results.comparisons.append(
-                _compare(asked, ratio, layers, shapes.layers, flags, workloads, drawn)
+                _compare(args, ratio, layers, shapes.layers, flags, workloads, drawn)
             )
-            write_output(asked.folder / "results.json", results.as_json())
+            write_output(args.folder / "results.json", results.as_json())
     except ServerError as error:
         print(f"orthorank bench: error: {error}", file=sys.stderr)
         return 1
     print(table(results))
     written = ["results.json"]
     if picture := plot(results):
-        write_output(asked.folder / "plot.svg", picture)
+        write_output(args.folder / "plot.svg", picture)
         written.append("plot.svg")
     else:
         print(
             "note: no plot without matplotlib; pip install 'orthorank-vllm[evaluate]'",
             file=sys.stderr,
         )
-    print(f"wrote {' and '.join(written)} in {asked.folder}")
+    print(f"wrote {' and '.join(written)} in {args.folder}")
     return 0
 
 
 def _compare(
-    asked: Asked,
+    args: BenchArgs,
     ratio: float,
     selective: int,
     layers: int,
@@ -103,16 +103,16 @@ def _compare(
     with ExitStack() as stack:
         # OrthoRank first: it is the one that may refuse. One after another: vLLM measures the
         # memory that is free while it starts.
-        sparse_flags = [*flags, "--orthorank-ratio", str(ratio), *asked.rule_flags]
-        servers = [stack.enter_context(running(OURS, asked.model, sparse_flags, asked.folder))]
+        sparse_flags = [*flags, "--orthorank-ratio", str(ratio), *args.rule_flags]
+        servers = [stack.enter_context(running(OURS, args.model, sparse_flags, args.folder))]
         removed = 0
-        for rival in asked.rivals:
-            model = asked.model
+        for rival in args.rivals:
+            model = args.model
             if rival == "prune":
                 removed = max(round(ratio * layers), 1)
-                model = str(stack.enter_context(_pruned(asked.model, removed)))
-            servers.append(stack.enter_context(running(rival, model, flags, asked.folder)))
-        rounds = _measure(servers, workloads, drawn, asked.pairs)
+                model = str(stack.enter_context(_pruned(args.model, removed)))
+            servers.append(stack.enter_context(running(rival, model, flags, args.folder)))
+        rounds = _measure(servers, workloads, drawn, args.pairs)
         return Comparison(
             ratio_asked=ratio,
             ratio=_ratio_reached(servers[0]),
@@ -180,15 +180,15 @@ def _ratio_reached(server: Server) -> float:
     return totals[SKIPPED] / sum(totals.values())
 
 
-def _rule_of(arguments: argparse.Namespace) -> Treatment:
+def _rule_of(arguments: argparse.Namespace) -> Method:
     """The rule of OrthoRank's servers."""
-    return Treatment(
+    return Method(
         keep=getattr(arguments, "orthorank_keep", DEFAULT_KEEP),
         window=getattr(arguments, "orthorank_window", DEFAULT_WINDOW),
     )
 
 
-def _default_flags(asked: Asked, workloads: Sequence[Workload], context: int) -> list[str]:
+def _default_flags(args: BenchArgs, workloads: Sequence[Workload], context: int) -> list[str]:
     """What the user would have to give for a sensible comparison, unless it was given.
 
     Raises:
@@ -197,14 +197,14 @@ def _default_flags(asked: Asked, workloads: Sequence[Workload], context: int) ->
     longest = max(workload.prompt_len + workload.outputs for workload in workloads)
     if longest > context:
         raise OptionError(
-            f"--lengths {','.join(map(str, asked.lengths))}: with what is generated a request has "
+            f"--lengths {','.join(map(str, args.lengths))}: with what is generated a request has "
             f"{longest} tokens, and this model's context is {context}; give shorter ones"
         )
     flags = []
-    if not _is_given("max-model-len", asked.flags):
+    if not _is_given("max-model-len", args.flags):
         flags += ["--max-model-len", str(min(context, max(longest, MIN_MODEL_LEN)))]
     # vLLM tells its CPU build by the version too; most CPUs are slow in the models' bfloat16.
-    if "cpu" in version("vllm") and not _is_given("dtype", asked.flags):
+    if "cpu" in version("vllm") and not _is_given("dtype", args.flags):
         flags += ["--dtype", "float32"]
     return flags
 

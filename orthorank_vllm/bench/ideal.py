@@ -13,18 +13,18 @@ def prefill(
     selective: int = 0,
     keep: float = DEFAULT_KEEP,
     window: int = DEFAULT_WINDOW,
-    is_read_whole: bool = False,
+    wants_all_rows: bool = False,
 ) -> float:
     """Floating-point operations of one prompt.
 
     Args:
         selective: how many layers are; with any, the last layer (taken to be a
             dense one) computes only what is read.
-        is_read_whole: see `plan.Batch`.
+        wants_all_rows: see `plan.Batch`.
     """
     if not selective:
         return shapes.layers * _layer(shapes, tokens, tokens) + shapes.head
-    last = _layer(shapes, tokens, tokens if is_read_whole else 1)
+    last = _layer(shapes, tokens, tokens if wants_all_rows else 1)
     dense = (shapes.layers - selective - 1) * _layer(shapes, tokens, tokens)
     sparse = selective * _layer(shapes, tokens, _updated(tokens, keep, window))
     return dense + sparse + last + shapes.head

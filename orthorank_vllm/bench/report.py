@@ -12,7 +12,7 @@ from orthorank_vllm.bench.paired_stats import Round, Spread, noise, ratios, same
 from orthorank_vllm.bench.servers import Memory
 from orthorank_vllm.bench.workloads import Workload
 from orthorank_vllm.flops import Shapes
-from orthorank_vllm.selection.method import Treatment
+from orthorank_vllm.selection.method import Method
 
 OURS = "orthorank"
 FORMAT = 1
@@ -75,7 +75,7 @@ class Results:
     model: str
     flags: list[str]
     shapes: Shapes
-    rule: Treatment
+    rule: Method
     machine: dict[str, Any]
     comparisons: list[Comparison] = field(default_factory=list)
 

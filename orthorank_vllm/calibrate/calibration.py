@@ -13,14 +13,14 @@ from orthorank_vllm.calibrate.greedy import Choice
 from orthorank_vllm.calibrate.text import Text, segments
 from orthorank_vllm.options import OptionError
 from orthorank_vllm.profiles import Profile, ProfileError, model_identity, read_profile
-from orthorank_vllm.selection.method import Treatment
+from orthorank_vllm.selection.method import Method
 
 DEFAULT_TOKENS = 2048
 DEFAULT_LENGTH = 512
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Calibration:
     """What has to be the same for two measurements to be one that goes on.
 
     Attributes:
@@ -29,7 +29,7 @@ class Measurement:
 
     name: str
     model: dict[str, Any]
-    treatment: Treatment
+    method: Method
     data: dict[str, Any]
     dtype: str
     texts: Sequence[Sequence[int]]
@@ -41,10 +41,10 @@ class Measurement:
         model_config: Any,
         tokenize: Callable[[str], list[int]],
         text: Text,
-        treatment: Treatment,
+        method: Method,
         tokens: int = DEFAULT_TOKENS,
         length: int = DEFAULT_LENGTH,
-    ) -> "Measurement":
+    ) -> "Calibration":
         """
         Args:
             model_config: vLLM's `ModelConfig`.
@@ -56,7 +56,7 @@ class Measurement:
         return cls(
             name=Path(str(model_config.model)).name,
             model=model_identity(model_config.hf_text_config),
-            treatment=treatment,
+            method=method,
             data={
                 "name": text.name,
                 "sha256": text.sha256,
@@ -84,10 +84,10 @@ class Measurement:
         return Profile(
             name=self.name,
             model=self.model,
-            method=self.treatment.method,
+            method=self.method.name,
             weights=self.weights,
-            keep=self.treatment.keep,
-            window=self.treatment.window,
+            keep=self.method.keep,
+            window=self.method.window,
             order=tuple(choice.order),
             losses=tuple(choice.losses),
             dense_loss=choice.dense_loss,
@@ -142,18 +142,18 @@ def left_profiles(output: Path) -> list[tuple[Path, Profile]]:
     return found
 
 
-def found_so_far(measurement: Measurement, output: Path) -> Choice:
+def found_so_far(calibration: Calibration, output: Path) -> Choice:
     """What earlier runs of the same measurement left, if anything.
 
     Raises:
         OptionError: a file is in the way that this run must not replace.
     """
     for path, profile in left_profiles(output):
-        if measurement.is_of(profile):
+        if calibration.is_of(profile):
             return choice_of(profile)
         if path != output:
             raise OptionError(
                 f"-o {output}: {path.name} holds an unfinished measurement of another model, "
                 "text or rule; finish it with its own options, or remove it"
             )
-    return measurement.new_choice()
+    return calibration.new_choice()

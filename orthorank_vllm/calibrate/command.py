@@ -11,7 +11,7 @@ from pathlib import Path
 from orthorank_vllm.calibrate.calibration import (
     DEFAULT_LENGTH,
     DEFAULT_TOKENS,
-    Measurement,
+    Calibration,
     found_so_far,
     left_profiles,
     unfinished_of,
@@ -31,7 +31,7 @@ from orthorank_vllm.config import selective_count
 from orthorank_vllm.files import check_writable
 from orthorank_vllm.options import OptionError, parse_ratio
 from orthorank_vllm.profiles import Profile, cached_path, kept_folder
-from orthorank_vllm.selection.method import Treatment
+from orthorank_vllm.selection.method import Method
 
 DEFAULT_MAX_RATIO = 0.5
 
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         tokenizer_of,
     )
 
-    treatment = rule_of(arguments)
+    method = rule_of(arguments)
     max_ratio = parse_option("--max-ratio", parse_ratio, arguments.max_ratio)
     tokens = parse_count("--tokens", arguments.tokens, least=DEFAULT_LENGTH)
     breadth = breadth_of(arguments)
@@ -90,18 +90,18 @@ def run(arguments: argparse.Namespace) -> int:
         check_writable(Path(arguments.output))
     vllm_config = measuring_config(arguments)
     model_config = vllm_config.model_config
-    measurement = Measurement.of(
-        model_config, tokenizer_of(model_config).encode, text, treatment, tokens=tokens
+    calibration = Calibration.of(
+        model_config, tokenizer_of(model_config).encode, text, method, tokens=tokens
     )
-    count = selective_count("--max-ratio", max_ratio, treatment.keep, measurement.num_layers)
+    count = selective_count("--max-ratio", max_ratio, method.keep, calibration.num_layers)
     if arguments.output:
         left_profiles(Path(arguments.output))
     else:
         check_writable(kept_folder(envs.VLLM_CACHE_ROOT) / "profile.json")
     with loaded_workers(vllm_config) as workers:
-        measurement = replace(measurement, weights=workers.call(worker_calls.fingerprint))
-        output = Path(arguments.output) if arguments.output else default_output(measurement)
-        choice = found_so_far(measurement, output)
+        calibration = replace(calibration, weights=workers.call(worker_calls.fingerprint))
+        output = Path(arguments.output) if arguments.output else default_output(calibration)
+        choice = found_so_far(calibration, output)
         if len(choice.order) >= count:
             print(
                 f"{output} has these {len(choice.order)} layers already, measured in the same way"
@@ -109,8 +109,8 @@ def run(arguments: argparse.Namespace) -> int:
             return 0
         if choice.trials:
             print(f"going on from {len(choice.order)} of {count} layers", file=sys.stderr)
-        trial = WorkersTrial(workers, measurement.texts, treatment)
-        profile = measure(trial, measurement, choice, count, output, breadth)
+        trial = WorkersTrial(workers, calibration.texts, method)
+        profile = measure(trial, calibration, choice, count, output, breadth)
     print(table(profile))
     print(f"wrote {output}")
     return 0
@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def measure(
     trial: Trial,
-    measurement: Measurement,
+    calibration: Calibration,
     choice: Choice,
     count: int,
     output: Path,
@@ -133,7 +133,7 @@ def measure(
     with TrialBar(choice, count, breadth) as bar:
 
         def on_trial() -> None:
-            write(measurement.profile(choice), unfinished)
+            write(calibration.profile(choice), unfinished)
             bar.update()
 
         try:
@@ -142,8 +142,8 @@ def measure(
             bar.close()
             unfinished.unlink(missing_ok=True)
             raise OptionError(
-                f"MODEL {measurement.name}: its layers cannot be chosen on "
-                f"{measurement.data['name']}, {error}; look at its weights and tokenizer, or give "
+                f"MODEL {calibration.name}: its layers cannot be chosen on "
+                f"{calibration.data['name']}, {error}; look at its weights and tokenizer, or give "
                 "other --data"
             ) from None
         except KeyboardInterrupt:
@@ -154,13 +154,13 @@ def measure(
                 file=sys.stderr,
             )
             raise
-    profile = measurement.profile(choice)
+    profile = calibration.profile(choice)
     write(profile, output)
     unfinished.unlink(missing_ok=True)
     return profile
 
 
-def default_output(measurement: Measurement) -> Path:
+def default_output(calibration: Calibration) -> Path:
     """In vLLM's cache, by the model's configuration, its weights and the rule.
 
     Raises:
@@ -168,18 +168,18 @@ def default_output(measurement: Measurement) -> Path:
     """
     from vllm import envs
 
-    if measurement.weights is None:
+    if calibration.weights is None:
         raise OptionError(
             "-o: needed with this --load-format, whose weights have no fingerprint by which a "
             "server could find the profile; give a FILE, and the server --orthorank-profile FILE"
         )
-    treatment = measurement.treatment
+    method = calibration.method
     return cached_path(
         envs.VLLM_CACHE_ROOT,
-        measurement.model["config_sha256"],
-        measurement.weights,
-        treatment.keep,
-        treatment.window,
+        calibration.model["config_sha256"],
+        calibration.weights,
+        method.keep,
+        method.window,
     )
 
 
@@ -203,7 +203,7 @@ def table(profile: Profile) -> str:
     lines.append(
         f"{'dense':>5}  {0:5.3f}  {profile.dense_loss:7.4f}  {math.exp(profile.dense_loss):10.2f}"
     )
-    share = Treatment(keep=profile.keep).saved_per_layer / profile.model["num_hidden_layers"]
+    share = Method(keep=profile.keep).saved_per_layer / profile.model["num_hidden_layers"]
     for step, (layer, loss) in enumerate(zip(profile.order, profile.losses, strict=True), start=1):
         if loss is not None:
             lines.append(f"{layer:5}  {step * share:5.3f}  {loss:7.4f}  {math.exp(loss):10.2f}")

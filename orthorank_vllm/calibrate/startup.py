@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from orthorank_vllm.calibrate.calibration import DEFAULT_TOKENS, Measurement
+from orthorank_vllm.calibrate.calibration import DEFAULT_TOKENS, Calibration
 from orthorank_vllm.calibrate.greedy import NothingToTell, OutOfTime, choose_within
 from orthorank_vllm.calibrate.text import built_in_text
 from orthorank_vllm.config import CALIBRATION_OFF, OrthoRankConfig
@@ -28,7 +28,7 @@ from orthorank_vllm.profiles import (
     kept_profiles,
     model_identity,
 )
-from orthorank_vllm.selection.method import Treatment
+from orthorank_vllm.selection.method import Method
 
 logger = init_logger("vllm.orthorank")
 
@@ -145,14 +145,14 @@ def _calibrated(
         )
     start = time.monotonic()
     encode = tokenizer_of(model_config).encode
-    treatment = Treatment(keep=config.keep, window=config.window)
+    method = Method(keep=config.keep, window=config.window)
     text = built_in_text()
 
-    def measurement_of(tokens: int) -> Measurement:
-        return Measurement.of(model_config, encode, text, treatment, tokens, LENGTH)
+    def calibration_of(tokens: int) -> Calibration:
+        return Calibration.of(model_config, encode, text, method, tokens, LENGTH)
 
     # What one pass costs, for as many tokens as the time allows; the first pass is slower.
-    probe = WorkersTrial(workers, measurement_of(LENGTH).texts, treatment)
+    probe = WorkersTrial(workers, calibration_of(LENGTH).texts, method)
     for _ in range(2):
         before = time.monotonic()
         probe.start_step(())
@@ -164,14 +164,14 @@ def _calibrated(
     affordable = int(first_step / (0.6 * config.num_layers * per_token))
     tokens = max(LENGTH, min(DEFAULT_TOKENS, affordable // LENGTH * LENGTH))
 
-    measurement = replace(measurement_of(tokens), weights=weights)
-    choice = measurement.new_choice()
+    calibration = replace(calibration_of(tokens), weights=weights)
+    choice = calibration.new_choice()
     if known is not None:
         # Its losses are of other text: only its order is taken over.
         choice.order = list(known.order)
         choice.losses = [None] * len(known.order)
     try:
-        trial = WorkersTrial(workers, measurement.texts, treatment)
+        trial = WorkersTrial(workers, calibration.texts, method)
         choose_within(trial, choice, config.to_choose, deadline - time.monotonic())
     except OutOfTime:
         raise _out_of_time(config, probed - start, per_token * LENGTH) from None
@@ -189,7 +189,7 @@ def _calibrated(
         tokens,
         choice.trials,
     )
-    return measurement.profile(choice)
+    return calibration.profile(choice)
 
 
 def _out_of_time(

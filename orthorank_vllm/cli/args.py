@@ -11,7 +11,7 @@ from orthorank_vllm.options import (
     parse_keep,
     parse_window,
 )
-from orthorank_vllm.selection.method import Treatment
+from orthorank_vllm.selection.method import Method
 
 
 def add_rule_arguments(group: Any) -> None:
@@ -22,12 +22,12 @@ def add_rule_arguments(group: Any) -> None:
     )
 
 
-def rule_of(arguments: argparse.Namespace) -> Treatment:
+def rule_of(arguments: argparse.Namespace) -> Method:
     """
     Raises:
         OptionError: what `add_rule_arguments` added was given a value that cannot be.
     """
-    return Treatment(
+    return Method(
         keep=parse_option("--keep", parse_keep, arguments.keep),
         window=parse_option("--window", parse_window, arguments.window),
     )

@@ -14,8 +14,8 @@ from orthorank_vllm.attention.paged_kernel import PagedCache, attend, make_tiles
 from orthorank_vllm.device_check.findings import Finding
 from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_WINDOW
 from orthorank_vllm.selection.plan import Batch, Ints, make_plan
-from orthorank_vllm.selection.topk import Competition
-from orthorank_vllm.selection.topk_triton import PartedCompetition
+from orthorank_vllm.selection.topk import SegmentedTopK
+from orthorank_vllm.selection.topk_triton import SegmentedTopKTriton
 
 SCALE = 0.15
 
@@ -214,7 +214,7 @@ def selection_differs(device: str, tokens: int = 8192, hidden: int = 4096) -> fl
     stream = torch.randn(tokens, hidden, dtype=torch.bfloat16).to(device)
     slots = torch.zeros(1, dtype=torch.int64, device=device)
     chosen = []
-    for kind in (PartedCompetition, Competition):
+    for kind in (SegmentedTopKTriton, SegmentedTopK):
         arrays = [torch.from_numpy(array).to(device) for array in kind.arrays_of(plan)]
         chosen.append(set(kind.of_arrays(plan, arrays).rows(stream, stream[:1], slots).tolist()))
     return len(chosen[0] - chosen[1]) / plan.num_selected

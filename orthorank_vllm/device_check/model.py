@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from orthorank_vllm.attention.backend import AttentionWay, QueryAttention, choose_way
+from orthorank_vllm.attention.backend import AttentionBackend, AttentionPlan, choose_backend
+from orthorank_vllm.attention.kv_cache import write_kv
 from orthorank_vllm.device_check.findings import Finding
 from orthorank_vllm.device_check.shapes import SELECTIVE, SMALL
 from orthorank_vllm.selection.plan import Batch, Ints, Plan
@@ -29,7 +30,7 @@ class Compared:
     """Two ways for the same queries; the second one's output is used."""
 
     def __init__(
-        self, first: QueryAttention, second: QueryAttention, found: list[torch.Tensor]
+        self, first: AttentionPlan, second: AttentionPlan, found: list[torch.Tensor]
     ) -> None:
         """
         Args:
@@ -39,7 +40,9 @@ class Compared:
         self._second = second
         self._found = found
 
-    def __call__(
+    write = staticmethod(write_kv)
+
+    def run(
         self,
         attn: Any,
         query: torch.Tensor,
@@ -48,9 +51,9 @@ class Compared:
         rows: torch.Tensor | None,
         positions: torch.Tensor,
     ) -> torch.Tensor:
-        """See `QueryAttention`."""
-        first = self._first(attn, query, key, value, rows, positions).float()
-        second = self._second(attn, query, key, value, rows, positions)
+        """See `AttentionPlan`."""
+        first = self._first.run(attn, query, key, value, rows, positions).float()
+        second = self._second.run(attn, query, key, value, rows, positions)
         difference = (first - second.float()).abs().max()
         self._found.append(difference / second.float().abs().max().clamp(min=1e-6))
         return second
@@ -83,8 +86,8 @@ class SmallModel:
         self.orthorank = worker.model_runner.get_model().orthorank
         layers = [layer.attn.attn for layer in self.orthorank._decoder.layers.values()]
         ours = "cpu" if device == "cpu" else "triton"
-        self.gather = choose_way("gather", layers, device)
-        self.ours = choose_way(ours, layers, device)
+        self.gather = choose_backend("gather", layers, device)
+        self.ours = choose_backend(ours, layers, device)
         self._random = random.Random(0)
 
     def prompts(self, lengths: Sequence[int]) -> list[list[int]]:
@@ -149,10 +152,11 @@ def _ways_agree(model: SmallModel, kind: str) -> Finding:
     """Every call of the selective layers and of the last, over chunks, decoding, cached pages."""
     found: list[torch.Tensor] = []
 
-    def of_some(batch: Batch, rows: Ints) -> QueryAttention:
-        return Compared(model.ours.of_some(batch, rows), model.gather.of_some(batch, rows), found)
+    def both(batch: Batch, rows: Ints | None) -> AttentionPlan:
+        stock = model.gather.plan(batch, rows)
+        return stock if rows is None else Compared(model.ours.plan(batch, rows), stock, found)
 
-    model.orthorank.attention = AttentionWay("both", of_some, model.gather.of_all)
+    model.orthorank.attention = AttentionBackend("both", both)
     prompts = model.prompts(LENGTHS)
     model.serve(prompts)
     model.serve([prompt[:640] + model.prompts([300])[0] for prompt in prompts])
@@ -186,7 +190,7 @@ def _forwards_agree(model: SmallModel, kind: str) -> list[Finding]:
     config, plan = orthorank.config, orthorank.plan
     prompts = model.prompts(LENGTHS[1:])
 
-    def by(way: AttentionWay) -> torch.Tensor:
+    def by(way: AttentionBackend) -> torch.Tensor:
         orthorank.attention = way
         model.forget_prompts()
         return model.log_probs(prompts)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from orthorank_vllm.attention.backend import choose_way
+from orthorank_vllm.attention.backend import choose_backend
 from orthorank_vllm.device_check.findings import Speed
 
 RATIO = 0.3
@@ -23,7 +23,7 @@ def use_way(worker: Any, asked: str) -> None:
     """In a worker: how the selective layers attend from now on."""
     orthorank = worker.get_model().orthorank
     layers = [layer.attn.attn for layer in orthorank._decoder.layers.values()]
-    orthorank.attention = choose_way(asked, layers, layers[0].kv_cache.device.type)
+    orthorank.attention = choose_backend(asked, layers, layers[0].kv_cache.device.type)
 
 
 class Contest:

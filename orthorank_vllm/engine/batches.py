@@ -50,6 +50,6 @@ def batch_of(inputs: Any, states: Any, facts: RequestFacts) -> Batch | None:
         query_len=inputs.num_scheduled_tokens.astype(np.int64),
         prompt_len=states.prompt_len.np[slots].astype(np.int64),
         first_token=facts.first_token[slots],
-        is_read_whole=bool(facts.wants_prompt[slots].any()),
+        wants_all_rows=bool(facts.wants_prompt[slots].any()),
     )
     return batch if batch.prompt_tokens.any() else None

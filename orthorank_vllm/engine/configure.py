@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from orthorank_vllm.attention.backend import check_way
+from orthorank_vllm.attention.backend import check_backend
 from orthorank_vllm.config import resolve
 from orthorank_vllm.engine.unsupported import check_supported
 from orthorank_vllm.metrics.collector import FOLDER_VARIABLE, prepare_server
@@ -41,7 +41,7 @@ def configure(
     vllm_config = create_engine_config(engine_args, *args, **kwargs)
     check_supported(vllm_config)
     model = model_identity(vllm_config.model_config.hf_text_config)
-    check_way(options.attention, vllm_config.device_config.device_type)
+    check_backend(options.attention, vllm_config.device_config.device_type)
     has_weights = loads_weights(vllm_config.load_config)
     config = resolve(options, model, envs.VLLM_CACHE_ROOT, has_weights)
     if config.to_choose and not kept_profiles(

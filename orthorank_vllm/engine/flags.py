@@ -6,7 +6,7 @@ from itertools import takewhile
 from typing import Any
 
 from orthorank_vllm.options import (
-    ATTENTION_WAYS,
+    ATTENTION_BACKENDS,
     DEFAULT_CALIBRATE_SECONDS,
     DEFAULT_WINDOW,
     OPTION_NAMES,
@@ -87,7 +87,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "attention",
         parse_attention,
         f"How the selected tokens attend, for comparisons and as a way out: one of "
-        f"{', '.join(ATTENTION_WAYS)} (default: auto).",
+        f"{', '.join(ATTENTION_BACKENDS)} (default: auto).",
     )
     # vLLM's own interface for what a server is to do beside its routes.
     group.add_argument(

@@ -50,8 +50,8 @@ class OrthoRankForCausalLM(MeasuredForCausalLM):
         orthorank_plan: Plan | None = None,
     ) -> torch.Tensor | IntermediateTensors:
         if orthorank_plan is None:
-            if self.orthorank.has_to_rehearse and get_forward_context().attn_metadata is None:
-                self.orthorank.rehearse(input_ids, positions)
+            if self.orthorank.needs_profile_run and get_forward_context().attn_metadata is None:
+                self.orthorank.profile_run(input_ids, positions)
             stock: Any = super()
             states: torch.Tensor | IntermediateTensors = stock.forward(
                 input_ids, positions, intermediate_tensors, inputs_embeds

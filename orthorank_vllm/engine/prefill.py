@@ -8,18 +8,18 @@ import torch
 from vllm.logger import init_logger
 from vllm.sequence import IntermediateTensors
 
-from orthorank_vllm.attention.backend import choose_way
+from orthorank_vllm.attention.backend import choose_backend
 from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.engine.step_stats import Seconds, StepCounter
 from orthorank_vllm.engine.unsupported import check_supported
 from orthorank_vllm.model.decoder import Decoder
 from orthorank_vllm.model.forward import Outcome, SelectiveLayer, sparse_forward
-from orthorank_vllm.model.kernels import add_and_norm
+from orthorank_vllm.model.ops import add_and_norm
 from orthorank_vllm.model.qkv import FusedWeight, PackedWeight, SlicedWeight, SplitWeight
 from orthorank_vllm.model.sinks import SinkTable
 from orthorank_vllm.model.tensor_parallel import is_first_rank
 from orthorank_vllm.options import OptionError
-from orthorank_vllm.selection.plan import Batch, Plan, make_plan, rehearsal_batch
+from orthorank_vllm.selection.plan import Batch, Plan, make_plan, profile_run_batch
 
 # vLLM shows the log lines of its own namespace only.
 logger = init_logger("vllm.orthorank")
@@ -65,7 +65,7 @@ class OrthoRank:
         self._counter = StepCounter.of(vllm_config, self._decoder) if is_first_rank() else None
         self._outcome: Outcome | None = None
         # There vLLM sizes its KV cache by the memory that its first forward takes.
-        self._has_to_rehearse = self._device.type == "cuda"
+        self._needs_profile_run = self._device.type == "cuda"
         self.needs_model_state = bool(vllm_config.use_v2_model_runner)
         # Weights of layers that may yet become selective.
         self._fused: dict[int, FusedWeight] = {}
@@ -82,7 +82,7 @@ class OrthoRank:
             for sink_row, layer in enumerate(ours)
         }
         self._fused = {}
-        self.attention = choose_way(
+        self.attention = choose_backend(
             config.attention,
             [layer.attn.attn for layer in self._decoder.layers.values()],
             self._device.type,
@@ -119,7 +119,7 @@ class OrthoRank:
         return PackedWeight(fused)
 
     def plan(self, batch: Batch) -> Plan | None:
-        """The competition of one forward, None if it is a dense one."""
+        """The top_k of one forward, None if it is a dense one."""
         if self.config.to_choose:
             raise RuntimeError("OrthoRank was to choose its layers at start-up and has not")
         if not (self._decoder.is_first and self._decoder.is_last):
@@ -149,40 +149,40 @@ class OrthoRank:
                 stage.
 
         Returns:
-            [tokens, hidden] final normalised states, right in the rows `plan.read`;
+            [tokens, hidden] final normalised states, right in the rows `plan.sampled_rows`;
             or what the next stage takes.
         """
         positions = positions[: plan.num_tokens]
-        delta: torch.Tensor | None = None
+        update: torch.Tensor | None = None
         if self._decoder.is_first:
             assert input_ids is not None
-            stream = self._decoder.embed(input_ids[: plan.num_tokens])
+            residual = self._decoder.embed(input_ids[: plan.num_tokens])
         else:
             assert from_earlier_stage is not None
-            stream, delta = from_earlier_stage["residual"], from_earlier_stage["hidden_states"]
-        stream, delta, self._outcome = sparse_forward(
+            residual, update = from_earlier_stage["residual"], from_earlier_stage["hidden_states"]
+        residual, update, self._outcome = sparse_forward(
             self._decoder,
             self._selective,
             self._sinks,
             self.attention,
             plan,
             positions,
-            stream,
-            delta,
+            residual,
+            update,
         )
         if self._decoder.is_last:
-            hidden, _ = add_and_norm(self._decoder.norm, stream, delta)
+            hidden, _ = add_and_norm(self._decoder.norm, residual, update)
             return hidden
-        if delta is None:
-            delta = torch.zeros_like(stream)
-        return IntermediateTensors({"hidden_states": delta, "residual": stream})
+        if update is None:
+            update = torch.zeros_like(residual)
+        return IntermediateTensors({"hidden_states": update, "residual": residual})
 
     @property
-    def has_to_rehearse(self) -> bool:
+    def needs_profile_run(self) -> bool:
         """Whether the next forward without requests is the one that vLLM measures memory with."""
-        return self._has_to_rehearse
+        return self._needs_profile_run
 
-    def rehearse(self, input_ids: torch.Tensor | None, positions: torch.Tensor) -> None:
+    def profile_run(self, input_ids: torch.Tensor | None, positions: torch.Tensor) -> None:
         """Run the sparse forward once on dummy tokens, so that its memory is measured too.
 
         Without requests there is no KV cache and no attention; nothing is counted or remembered.
@@ -197,8 +197,8 @@ class OrthoRank:
             raise RuntimeError(
                 "OrthoRank would be inactive: Model Runner V2 did not ask for the model's state"
             )
-        self._has_to_rehearse = False
-        plan = self.plan(rehearsal_batch(len(positions), self._max_num_seqs))
+        self._needs_profile_run = False
+        plan = self.plan(profile_run_batch(len(positions), self._max_num_seqs))
         if plan is not None:
             self.forward(plan, input_ids, positions, None)
             self._outcome = None

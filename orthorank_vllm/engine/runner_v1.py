@@ -36,7 +36,7 @@ def batch_of(runner: Any) -> Batch | None:
         query_len=np.diff(runner.query_start_loc.np[: num_reqs + 1]).astype(np.int64),
         prompt_len=prompt_len.astype(np.int64),
         first_token=inputs.token_ids_cpu[:num_reqs, 0].astype(np.int64),
-        is_read_whole=bool(runner.num_prompt_logprobs),
+        wants_all_rows=bool(runner.num_prompt_logprobs),
     )
 
 

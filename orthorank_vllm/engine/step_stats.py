@@ -128,8 +128,8 @@ def flops_saved(plan: Plan, shapes: Shapes, num_selective: int, is_last_layer_de
     """
     batch = plan.batch
     skipped = num_selective * (batch.query_len - plan.selected_per_request)
-    if is_last_layer_dense and plan.read is not None:
-        skipped = skipped + batch.query_len - plan.read_per_request
+    if is_last_layer_dense and plan.sampled_rows is not None:
+        skipped = skipped + batch.query_len - plan.sampled_per_request
     keys = batch.num_computed + (batch.prompt_tokens + 1) / 2
     total = float(skipped.sum())
     return total * shapes.update(float((skipped * keys).sum()) / total) if total else 0.0

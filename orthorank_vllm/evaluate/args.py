@@ -14,10 +14,11 @@ from orthorank_vllm.cli.args import (
     parse_option,
     rule_of,
 )
+from orthorank_vllm.evaluate.methods import METHODS
 from orthorank_vllm.evaluate.tasks import TaskFile, read_task
 from orthorank_vllm.files import check_writable
 from orthorank_vllm.options import OptionError, parse_ratio
-from orthorank_vllm.selection.method import METHODS, Treatment
+from orthorank_vllm.selection.method import Method
 
 DEFAULT_RATIOS = "0,0.1,0.2,0.3"
 DEFAULT_AGAINST = "prune,random"
@@ -33,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ratios", default=DEFAULT_RATIOS, help="0 is the dense model (default: %(default)s)."
     )
-    others = ", ".join(f"{name} ({text})" for name, text in METHODS.items() if name != "orthorank")
+    others = ", ".join(
+        f"{name} ({method.description})" for name, method in METHODS.items() if name != Method.name
+    )
     group.add_argument(
         "--against",
         default=DEFAULT_AGAINST,
@@ -76,13 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvaluateArgs:
     """The options, checked."""
 
     text: Text
     ratios: list[float]
     methods: list[str]
-    treatment: Treatment
+    method: Method
     length: int
     tasks: list[TaskFile]
     limit: int | None
@@ -91,18 +94,18 @@ class Asked:
     folder: Path
 
     @classmethod
-    def of(cls, arguments: argparse.Namespace) -> "Asked":
+    def of(cls, arguments: argparse.Namespace) -> "EvaluateArgs":
         """
         Raises:
             OptionError: the first option that cannot be.
         """
         _require("matplotlib", *(["lm_eval"] if arguments.tasks else []))
         given = arguments.calibration_data
-        asked = cls(
+        args = cls(
             text=read_text(arguments.data),
             ratios=[parse_option("--ratios", parse_ratio, r) for r in arguments.ratios.split(",")],
             methods=["orthorank", *_parse_methods(arguments.against)],
-            treatment=rule_of(arguments),
+            method=rule_of(arguments),
             length=parse_count("--length", arguments.length, least=2),
             tasks=[read_task(path) for path in arguments.tasks],
             limit=parse_count("--limit", arguments.limit, least=1) if arguments.limit else None,
@@ -110,16 +113,16 @@ class Asked:
             breadth=breadth_of(arguments),
             folder=Path(arguments.output),
         )
-        names = [task.name for task in asked.tasks]
+        names = [task.name for task in args.tasks]
         if len(set(names)) < len(names):
             raise OptionError(f"--tasks {' '.join(arguments.tasks)}: two have the same name")
-        if asked.calibration.sha256 == asked.text.sha256:
+        if args.calibration.sha256 == args.text.sha256:
             raise OptionError(
                 f"--calibration-data {given}: it is the test text itself; a choice must not be "
                 "tested on what it was made on"
             )
-        check_writable(asked.folder / "results.json")
-        return asked
+        check_writable(args.folder / "results.json")
+        return args
 
 
 def _require(*modules: str) -> None:
@@ -132,7 +135,7 @@ def _require(*modules: str) -> None:
 
 def _parse_methods(value: str) -> list[str]:
     names = [name.strip() for name in value.split(",") if name.strip() not in ("", "none")]
-    known = [name for name in METHODS if name != "orthorank"]
+    known = [name for name in METHODS if name != Method.name]
     for name in names:
         if name not in known:
             raise OptionError(

@@ -14,13 +14,14 @@ from tqdm import tqdm
 from orthorank_vllm.calibrate.calibration import (
     DEFAULT_LENGTH,
     DEFAULT_TOKENS,
-    Measurement,
+    Calibration,
     found_so_far,
 )
 from orthorank_vllm.calibrate.command import measure
 from orthorank_vllm.calibrate.greedy import Choice
 from orthorank_vllm.config import selective_count
-from orthorank_vllm.evaluate.args import Asked, add_arguments
+from orthorank_vllm.evaluate.args import EvaluateArgs, add_arguments
+from orthorank_vllm.evaluate.methods import method_named
 from orthorank_vllm.evaluate.perplexity import cut, perplexity
 from orthorank_vllm.evaluate.report import write_report
 from orthorank_vllm.evaluate.results import Results, Run, plan_runs
@@ -38,7 +39,7 @@ from orthorank_vllm.profiles import (
     shipped_profile,
     shipped_profiles,
 )
-from orthorank_vllm.selection.method import Treatment
+from orthorank_vllm.selection.method import Method
 
 HEAT_MAP_TOKENS = 512
 
@@ -58,22 +59,20 @@ def run(arguments: argparse.Namespace) -> int:
         tokenizer_of,
     )
 
-    asked = Asked.of(arguments)
+    args = EvaluateArgs.of(arguments)
     vllm_config = measuring_config(arguments)
     model_config = vllm_config.model_config
     tokenizer = tokenizer_of(model_config)
-    segments = cut(asked.text, tokenizer.encode(asked.text.content), asked.length)
-    profile = _profile(
-        arguments.profile, model_identity(model_config.hf_text_config), asked.treatment
-    )
-    if profile.data is not None and profile.data["sha256"] == asked.text.sha256:
+    segments = cut(args.text, tokenizer.encode(args.text.content), args.length)
+    profile = _profile(arguments.profile, model_identity(model_config.hf_text_config), args.method)
+    if profile.data is not None and profile.data["sha256"] == args.text.sha256:
         raise OptionError(
             f"--data {arguments.data}: the profile {profile.name} was chosen on it; a choice must "
             "not be tested on what it was made on"
         )
-    pruning = _pruning(asked, profile, model_config, tokenizer.encode)
+    pruning = _pruning(args, profile, model_config, tokenizer.encode)
     results = Results.load(
-        asked.folder / "results.json", pruning.name, _identity(asked, pruning, len(segments))
+        args.folder / "results.json", pruning.name, _identity(args, pruning, len(segments))
     )
     results.versions = pruning.profile(Choice(pruning.num_layers)).versions
     results.profiles["orthorank"] = profile
@@ -82,11 +81,11 @@ def run(arguments: argparse.Namespace) -> int:
         weights = workers.call(worker_calls.fingerprint)
         _check_weights(profile, weights, arguments.profile)
         pruning = replace(pruning, weights=weights)
-        if "prune" in asked.methods and any(asked.ratios):
-            count = selective_count("--ratios", max(asked.ratios), 0, pruning.num_layers)
-            trial = WorkersTrial(workers, pruning.texts, pruning.treatment)
-            results.profiles["prune"] = _pruned(trial, pruning, count, asked)
-        runs = plan_runs(asked.methods, asked.ratios, results.profiles, asked.treatment)
+        if "prune" in args.methods and any(args.ratios):
+            count = selective_count("--ratios", max(args.ratios), 0, pruning.num_layers)
+            trial = WorkersTrial(workers, pruning.texts, pruning.method)
+            results.profiles["prune"] = _pruned(trial, pruning, count, args)
+        runs = plan_runs(args.methods, args.ratios, results.profiles, args.method)
         if not results.cosines:
             head = segments[0][:HEAT_MAP_TOKENS]
             results.cosines = workers.call(worker_calls.cosines_to_sink, head)
@@ -95,11 +94,11 @@ def run(arguments: argparse.Namespace) -> int:
         for number, planned in enumerate(runs, start=1):
             measured = results.measured(planned)
             if measured is None:
-                treatment = replace(asked.treatment, method=planned.method)
-                scorer = Scorer(workers, planned.layers, treatment)
+                method = method_named(planned.method, args.method)
+                scorer = Scorer(workers, planned.layers, method)
                 label = f"{planned.label} ({number} of {len(runs)})"
                 try:
-                    value, found = _measure(scorer, label, segments, asked, tokenizer, max_length)
+                    value, found = _measure(scorer, label, segments, args, tokenizer, max_length)
                 except KeyboardInterrupt:
                     print(
                         f"\nstopped; {len(shown)} of {len(runs)} are kept in {results.path}: run "
@@ -111,9 +110,9 @@ def run(arguments: argparse.Namespace) -> int:
                 results.add(measured)
             shown.append(measured)
     results.write()
-    write_report(results, shown, asked.folder / "report.html")
+    write_report(results, shown, args.folder / "report.html")
     print(results.table(shown))
-    print(f"wrote {asked.folder / 'results.json'} and {asked.folder / 'report.html'}")
+    print(f"wrote {args.folder / 'results.json'} and {args.folder / 'report.html'}")
     return 0
 
 
@@ -121,38 +120,38 @@ def _measure(
     scorer: Scorer,
     label: str,
     segments: Sequence[Sequence[int]],
-    asked: Asked,
+    args: EvaluateArgs,
     tokenizer: Any,
     max_length: int,
 ) -> tuple[float, dict[str, dict[str, Any]]]:
     """Perplexity, and accuracy by task, with a bar for each."""
     with tqdm(desc=f"{label}: text", total=len(segments), unit="segments") as bar:
         value = perplexity(scorer, segments, bar.update)
-    if not asked.tasks:
+    if not args.tasks:
         return value, {}
     with tqdm(desc=f"{label}: tasks", unit="answers") as bar:
-        found = accuracies(scorer, asked.tasks, tokenizer, max_length, asked.limit, bar.update)
+        found = accuracies(scorer, args.tasks, tokenizer, max_length, args.limit, bar.update)
     return value, found
 
 
-def _identity(asked: Asked, measurement: Measurement, segments: int) -> dict[str, Any]:
+def _identity(args: EvaluateArgs, calibration: Calibration, segments: int) -> dict[str, Any]:
     return {
-        "model": measurement.model,
-        "dtype": measurement.dtype,
-        "keep": asked.treatment.keep,
-        "window": asked.treatment.window,
+        "model": calibration.model,
+        "dtype": calibration.dtype,
+        "keep": args.method.keep,
+        "window": args.method.window,
         "data": {
-            "name": asked.text.name,
-            "sha256": asked.text.sha256,
-            "length": asked.length,
+            "name": args.text.name,
+            "sha256": args.text.sha256,
+            "length": args.length,
             "segments": segments,
         },
-        "tasks": {task.name: task.sha256 for task in asked.tasks},
-        "limit": asked.limit,
+        "tasks": {task.name: task.sha256 for task in args.tasks},
+        "limit": args.limit,
     }
 
 
-def _profile(path: str | None, model: dict[str, Any], treatment: Treatment) -> Profile:
+def _profile(path: str | None, model: dict[str, Any], method: Method) -> Profile:
     """
     Raises:
         OptionError: it cannot be used, or there is none.
@@ -164,9 +163,7 @@ def _profile(path: str | None, model: dict[str, Any], treatment: Treatment) -> P
             return read_profile_of(model, path)
         except ProfileError as error:
             raise OptionError(f"--profile {path}: {error}") from None
-    kept = kept_profiles(
-        envs.VLLM_CACHE_ROOT, model["config_sha256"], treatment.keep, treatment.window
-    )
+    kept = kept_profiles(envs.VLLM_CACHE_ROOT, model["config_sha256"], method.keep, method.window)
     try:
         found = read_profile(kept[0]) if kept else shipped_profile(model)
     except ProfileError:
@@ -204,27 +201,27 @@ def _check_weights(profile: Profile, weights: str | None, path: str | None) -> N
 
 
 def _pruning(
-    asked: Asked, profile: Profile, model_config: Any, tokenize: Callable[[str], list[int]]
-) -> Measurement:
+    args: EvaluateArgs, profile: Profile, model_config: Any, tokenize: Callable[[str], list[int]]
+) -> Calibration:
     """Pruning measured as the profile was: on the same text, and on as many tokens of it."""
     tokens, length = DEFAULT_TOKENS, DEFAULT_LENGTH
-    if profile.data is not None and profile.data["sha256"] == asked.calibration.sha256:
+    if profile.data is not None and profile.data["sha256"] == args.calibration.sha256:
         tokens, length = profile.data["tokens"], profile.data["length"]
-    elif "prune" in asked.methods:
+    elif "prune" in args.methods:
         print(
-            f"note: the layers to prune are chosen on {asked.calibration.name}, and the profile "
+            f"note: the layers to prune are chosen on {args.calibration.name}, and the profile "
             "was on another text; --calibration-data gives both the same",
             file=sys.stderr,
         )
-    treatment = replace(asked.treatment, method="prune")
-    return Measurement.of(model_config, tokenize, asked.calibration, treatment, tokens, length)
+    method = method_named("prune", args.method)
+    return Calibration.of(model_config, tokenize, args.calibration, method, tokens, length)
 
 
-def _pruned(trial: Any, measurement: Measurement, count: int, asked: Asked) -> Profile:
+def _pruned(trial: Any, calibration: Calibration, count: int, args: EvaluateArgs) -> Profile:
     """The greedy choice of whole layers to leave out; kept in the folder."""
-    output = asked.folder / "prune.json"
-    choice = found_so_far(measurement, output)
+    output = args.folder / "prune.json"
+    choice = found_so_far(calibration, output)
     if len(choice.order) >= count:
-        return measurement.profile(choice)
+        return calibration.profile(choice)
     print("choosing the layers to prune", file=sys.stderr)
-    return measure(trial, measurement, choice, count, output, asked.breadth)
+    return measure(trial, calibration, choice, count, output, args.breadth)

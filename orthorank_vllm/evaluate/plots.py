@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from orthorank_vllm.cli.charts import COLOURS, figure_of, svg_of
+from orthorank_vllm.evaluate.methods import METHODS
 from orthorank_vllm.evaluate.results import DENSE, Run
 from orthorank_vllm.profiles import Profile
-from orthorank_vllm.selection.method import Treatment
 
 
 def perplexity_against_ratio(runs: Sequence[Run]) -> str:
@@ -63,7 +63,7 @@ def loss_by_step(profiles: dict[str, Profile]) -> str:
     """The calibration loss after each greedy step, against the ratio reached."""
     figure, axes = figure_of(7.2, 3.6)
     for (method, profile), colour in zip(profiles.items(), COLOURS, strict=False):
-        saved = Treatment(method, profile.keep).saved_per_layer
+        saved = METHODS[method](keep=profile.keep).saved_per_layer
         share = saved / profile.model["num_hidden_layers"]
         points = [
             (0.0, profile.dense_loss),

@@ -5,9 +5,9 @@ from html import escape
 from pathlib import Path
 
 from orthorank_vllm.evaluate import plots
+from orthorank_vllm.evaluate.methods import METHODS
 from orthorank_vllm.evaluate.results import DENSE, Results, Run
 from orthorank_vllm.files import write_output
-from orthorank_vllm.selection.method import METHODS
 
 STYLE = """
 :root { color-scheme: light; }
@@ -58,7 +58,7 @@ def render(results: Results, runs: Sequence[Run]) -> str:
             "perplexity",
             plots.perplexity_against_ratio(runs),
             "Lower is better; the scale is logarithmic. "
-            + " ".join(f"{method}: {METHODS[method]}." for method in _methods(runs)),
+            + " ".join(f"{method}: {METHODS[method].description}." for method in _methods(runs)),
         ),
     ]
     if tasks:

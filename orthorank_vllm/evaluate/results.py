@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from orthorank_vllm.config import selective_count
+from orthorank_vllm.evaluate.methods import method_named
 from orthorank_vllm.files import write_output
 from orthorank_vllm.options import OptionError
 from orthorank_vllm.profiles import Profile
-from orthorank_vllm.selection.method import Treatment
+from orthorank_vllm.selection.method import Method
 
 FORMAT = 1
 DENSE = "dense"
@@ -44,7 +45,7 @@ def plan_runs(
     methods: Sequence[str],
     ratios: Sequence[float],
     profiles: dict[str, Profile],
-    treatment: Treatment,
+    rule: Method,
 ) -> list[Run]:
     """Every method at every ratio; 0 is the dense model, once.
 
@@ -58,7 +59,7 @@ def plan_runs(
     for ratio in ratios:
         for method in methods if ratio else ():
             profile = profiles["prune" if method == "prune" else "orthorank"]
-            share = replace(treatment, method=method).saved_per_layer
+            share = method_named(method, rule).saved_per_layer
             num_layers = int(profile.model["num_hidden_layers"])
             count = selective_count("--ratios", ratio, 1 - share, num_layers)
             if count > len(profile.order):

@@ -7,7 +7,7 @@ from typing import Any
 from orthorank_vllm.offline import worker_calls
 from orthorank_vllm.offline.texts import TextScore
 from orthorank_vllm.offline.workers import Workers
-from orthorank_vllm.selection.method import Treatment
+from orthorank_vllm.selection.method import Method
 
 # In one forward: enough to keep the processor busy, little enough to stay small.
 TOKENS_PER_FORWARD = 2048
@@ -15,11 +15,11 @@ TOKENS_PER_FORWARD = 2048
 
 @dataclass(frozen=True)
 class Scorer:
-    """A loaded model with a treatment of some layers."""
+    """A loaded model with a method of some layers."""
 
     workers: Workers
     layers: tuple[int, ...] = ()
-    treatment: Treatment = field(default_factory=Treatment)
+    method: Method = field(default_factory=Method)
 
     def __call__(
         self,
@@ -43,7 +43,7 @@ class Scorer:
                 [texts[index] for index in indices],
                 [first_scored[index] for index in indices],
                 self.layers,
-                self.treatment,
+                self.method,
             )
             for index, answer in zip(indices, answers, strict=True):
                 scores[index] = answer

@@ -4,14 +4,21 @@ The sparse forward and the measurements know a model by these parts alone. A fam
 is served by naming it in `architectures`; what else a layer may hold is refused here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from orthorank_vllm.model.kernels import mlp, norm_heads, rotate
+from orthorank_vllm.attention.backend import AttentionPlan
+from orthorank_vllm.model.ops import add_and_norm, mlp, norm_heads, rotate
+from orthorank_vllm.model.qkv import SplitWeight, project
 from orthorank_vllm.options import OptionError
+
+# Of the residual stream that enters a layer, and of it normalised, [tokens, hidden] each, to the
+# rows that are computed: [selected] int64, ascending.
+Pick = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Parts with which a layer computes more than this module knows of, by where they are.
 UNKNOWN_PARTS = {
@@ -67,42 +74,59 @@ class DecoderLayer:
             residual_scale=float(getattr(layer, "residual_multiplier", 1.0)),
         )
 
-    def queries(self, positions: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """Normalised and rotated; what is given may be used up.
+    def forward(
+        self,
+        attention: AttentionPlan,
+        positions: torch.Tensor,
+        residual: torch.Tensor,
+        update: torch.Tensor | None,
+        pick: Pick | None = None,
+        split: SplitWeight | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute K and V of every row, and everything else for the rows that `pick` names.
+
+        What the layer's own forward does (llama.py), by the fast kernels; served prompts, whole
+        texts and the sink's states all go this way.
 
         Args:
+            attention: for as many rows of each request as `pick` names.
             positions: [tokens].
-            projected: [tokens, heads x head size].
+            residual, update: [tokens, hidden], whose sum is the residual stream that enters the
+                layer; vLLM's layers hand it on in two summands. Both are used up.
+            pick: None: all rows.
+            split: the QKV weight cut in two, where some rows are picked and that can be done.
+
+        Returns:
+            residual, update: the same after the layer; update is None where rows were picked.
         """
-        return self._placed(positions, self._normed(self.query_norm, projected), None)[0]
+        normed, residual = add_and_norm(self.input_norm, residual, update)
+        rows = None if pick is None else pick(residual, normed)
+        key, value, query_of = project(self.attn, split, normed)
+        if rows is None:
+            query, key = self._queries_and_keys(positions, query_of(None), key)
+            entering = residual
+        else:
+            key = self._placed(positions, self._normed(self.key_norm, key), None)[0]
+            if not len(rows):
+                attention.write(self.attn.attn, key, value)
+                return residual, None
+            positions = positions.index_select(0, rows)
+            query = self._normed(self.query_norm, query_of(rows))
+            query = self._placed(positions, query, None)[0]
+            entering = residual.index_select(0, rows)
+        attended = attention.run(self.attn.attn, query, key, value, rows, positions)
+        output, _ = self.attn.o_proj(attended)
+        normed, updated = add_and_norm(self.post_norm, entering, self._scaled(output))
+        update = self._scaled(mlp(self.feed_forward, normed))
+        if rows is None:
+            return updated, update
+        return residual.index_copy_(0, rows, updated.add_(update)), None
 
-    def keys(self, positions: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """The same for keys, [tokens, kv heads x head size]."""
-        return self._placed(positions, self._normed(self.key_norm, projected), None)[0]
-
-    def queries_and_keys(
+    def _queries_and_keys(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same for queries and keys of the same tokens, at once."""
         query, key = self._normed(self.query_norm, query), self._normed(self.key_norm, key)
         return self._placed(positions, query, key)
-
-    def after_attention(self, attended: torch.Tensor) -> torch.Tensor:
-        """What attention adds to the residual stream.
-
-        Args:
-            attended: [tokens, heads x head size].
-        """
-        output, _ = self.attn.o_proj(attended)
-        return self._scaled(output)
-
-    def after_feed_forward(self, normed: torch.Tensor) -> torch.Tensor:
-        """What the MLP or the experts add to the residual stream.
-
-        Args:
-            normed: [tokens, hidden].
-        """
-        return self._scaled(mlp(self.feed_forward, normed))
 
     def _normed(self, norm: Any, heads: torch.Tensor) -> torch.Tensor:
         return heads if norm is None else norm_heads(norm, heads, self.attn.head_dim)
@@ -112,8 +136,8 @@ class DecoderLayer:
     ) -> tuple[torch.Tensor, Any]:
         return (query, key) if self.rotary is None else rotate(self.rotary, positions, query, key)
 
-    def _scaled(self, delta: torch.Tensor) -> torch.Tensor:
-        return delta if self.residual_scale == 1 else delta.mul_(self.residual_scale)
+    def _scaled(self, update: torch.Tensor) -> torch.Tensor:
+        return update if self.residual_scale == 1 else update.mul_(self.residual_scale)
 
 
 class Decoder:
@@ -149,5 +173,5 @@ class Decoder:
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """[T] token ids to the [T, hidden] residual stream that enters the first layer."""
-        stream: torch.Tensor = self._embed(tokens)
-        return stream if self._embedding_scale == 1 else stream * self._embedding_scale
+        residual: torch.Tensor = self._embed(tokens)
+        return residual if self._embedding_scale == 1 else residual * self._embedding_scale

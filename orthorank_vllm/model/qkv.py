@@ -16,6 +16,8 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
+# Of rows, [selected] int64 or None for all, to their Q, [selected, heads x head size].
+QueryOf = Callable[[torch.Tensor | None], torch.Tensor]
 
 
 class FusedWeight:
@@ -95,22 +97,26 @@ class PackedWeight:
 
 def project(
     attn: Any, split: SplitWeight | None, normed: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, Linear]:
-    """
+) -> tuple[torch.Tensor, torch.Tensor, QueryOf]:
+    """K and V of all tokens, not rotated, and what gives Q of some.
+
     Args:
         attn: vLLM's `LlamaAttention` or one with the same parts.
         normed: [tokens, hidden].
 
     Returns:
-        K and V, [tokens, kv heads x head size], not rotated, and a function of
-        rows, [selected] int64, to Q, [selected, heads x head size].
+        K and V, [tokens, kv heads x head size], and Q by rows.
     """
+
+    def gathered(states: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        return states if rows is None else states.index_select(0, rows)
+
     if split is not None:
         key, value = split.key_value(normed).split([attn.kv_size, attn.kv_size], dim=-1)
-        return key, value, lambda rows: split.query(normed.index_select(0, rows))
+        return key, value, lambda rows: split.query(gathered(normed, rows))
     fused, _ = attn.qkv_proj(normed)
     query, key, value = fused.split([attn.q_size, attn.kv_size, attn.kv_size], dim=-1)
-    return key, value, lambda rows: query.index_select(0, rows)
+    return key, value, lambda rows: gathered(query, rows)
 
 
 def _packed(fused: FusedWeight, rows: slice) -> Linear:

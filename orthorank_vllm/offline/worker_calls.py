@@ -14,7 +14,7 @@ from vllm.forward_context import set_forward_context
 
 from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.offline.texts import Forward, TextScore
-from orthorank_vllm.selection.method import Treatment
+from orthorank_vllm.selection.method import Method
 
 _Answer = TypeVar("_Answer")
 
@@ -58,8 +58,8 @@ class _Step:
         log_prob, scored, is_told = 0.0, 0, True
         for forward, below in zip(self._forwards, self._below, strict=True):
             lengths = forward.texts.batch.query_len
-            stream = forward.through(below.clone(), above, chosen)
-            scores = forward.log_probs(stream, [1] * len(lengths))
+            residual = forward.through(below.clone(), above, chosen)
+            scores = forward.log_probs(residual, [1] * len(lengths))
             # Not the end of it: the other ranks' logits come from this one too.
             is_told = scores is not None
             log_prob += sum(score.log_prob for score in scores or ())
@@ -68,10 +68,10 @@ class _Step:
 
 
 @_in_forward_context
-def use_texts(worker: Any, texts: Sequence[Sequence[int]], treatment: Treatment) -> None:
-    """Take these texts, token ids, and this treatment for the steps to come."""
+def use_texts(worker: Any, texts: Sequence[Sequence[int]], method: Method) -> None:
+    """Take these texts, token ids, and this method for the steps to come."""
     model = worker.get_model()
-    worker.orthorank_forwards = [Forward(model, [text], treatment) for text in texts]
+    worker.orthorank_forwards = [Forward(model, [text], method) for text in texts]
 
 
 @_in_forward_context
@@ -94,26 +94,26 @@ def score_texts(
     texts: Sequence[Sequence[int]],
     first_scored: Sequence[int],
     chosen: Sequence[int],
-    treatment: Treatment,
+    method: Method,
 ) -> list[TextScore] | None:
     """See `Forward.log_probs`."""
     model = worker.get_model()
-    forward = Forward(model, texts, treatment)
-    stream = forward.through(forward.embed(), range(len(model.model.layers)), frozenset(chosen))
-    return forward.log_probs(stream, first_scored)
+    forward = Forward(model, texts, method)
+    residual = forward.through(forward.embed(), range(len(model.model.layers)), frozenset(chosen))
+    return forward.log_probs(residual, first_scored)
 
 
 @_in_forward_context
 def cosines_to_sink(worker: Any, text: Sequence[int]) -> list[list[float]]:
     """|cos| between each token's residual stream and the sink's, dense: [layers][positions]."""
     model = worker.get_model()
-    forward = Forward(model, [text], Treatment())
-    stream = forward.embed()
+    forward = Forward(model, [text], Method())
+    residual = forward.embed()
     rows = []
     for index in range(len(model.model.layers)):
-        states = stream.float()
+        states = residual.float()
         rows.append(torch.cosine_similarity(states, states[:1], dim=-1).abs().cpu().tolist())
-        stream = forward.through(stream, [index], frozenset())
+        residual = forward.through(residual, [index], frozenset())
     return rows
 
 

@@ -14,7 +14,7 @@ from orthorank_vllm.model.architectures import (
 from orthorank_vllm.model.fingerprint import loads_weights
 from orthorank_vllm.offline import worker_calls
 from orthorank_vllm.options import OptionError
-from orthorank_vllm.selection.method import Treatment
+from orthorank_vllm.selection.method import Method
 
 
 class Workers:
@@ -35,11 +35,9 @@ class Workers:
 class WorkersTrial:
     """`calibrate.greedy.Trial` on a loaded model."""
 
-    def __init__(
-        self, workers: Workers, texts: Sequence[Sequence[int]], treatment: Treatment
-    ) -> None:
+    def __init__(self, workers: Workers, texts: Sequence[Sequence[int]], method: Method) -> None:
         self._workers = workers
-        workers.call(worker_calls.use_texts, texts, treatment)
+        workers.call(worker_calls.use_texts, texts, method)
 
     def start_step(self, chosen: Sequence[int]) -> None:
         self._workers.call(worker_calls.start_step, tuple(chosen))

@@ -1,49 +1,57 @@
-"""What is done in the chosen layers: the rule, and what it is measured against."""
+"""What is done in the chosen layers: the rule. Methods that it is measured against override it."""
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
 
 from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_WINDOW
-
-METHODS = {
-    "orthorank": "the selection rule",
-    "prune": "the layer is left out",
-    "random": "as many tokens in each window, drawn at random",
-    "normed": "scored on the layer's normalised input, learned weight included",
-    "aligned": "the tokens most aligned with the sink instead of the least",
-    "forget": "tokens that are not selected leave no K and V, the sink apart",
-}
+from orthorank_vllm.selection.topk import SegmentedTopK, score
 
 
 @dataclass(frozen=True)
-class Treatment:
-    """One method of `METHODS` with its parameters; `seed` is for the random one."""
+class LayerInput:
+    """What enters a layer, for a method to score.
 
-    method: str = "orthorank"
+    Attributes:
+        residual, normed: [tokens, hidden], the residual stream and the layer's norm of it.
+        first_rows: [texts] int64, where each text's position 0 is.
+        generator: of one forward; for methods that draw.
+    """
+
+    residual: torch.Tensor
+    normed: torch.Tensor
+    first_rows: torch.Tensor
+    top_k: SegmentedTopK
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class Method:
+    """The selection rule.
+
+    Attributes:
+        name, description: for the user.
+        skips_layers: a chosen layer is left out altogether, and no token is scored.
+        hides_others: tokens that are not selected leave no K and V.
+        seed: of `LayerInput.generator`.
+    """
+
+    name: ClassVar[str] = "orthorank"
+    description: ClassVar[str] = "the selection rule"
+    skips_layers: ClassVar[bool] = False
+    hides_others: ClassVar[bool] = False
+
     keep: float = DEFAULT_KEEP
     window: int = DEFAULT_WINDOW
     seed: int = 0
 
     @property
-    def selects_tokens(self) -> bool:
-        return self.method != "prune"
-
-    @property
-    def is_random(self) -> bool:
-        return self.method == "random"
-
-    @property
-    def scores_normed(self) -> bool:
-        return self.method == "normed"
-
-    @property
-    def prefers_aligned(self) -> bool:
-        return self.method == "aligned"
-
-    @property
-    def forgets_unselected(self) -> bool:
-        return self.method == "forget"
-
-    @property
     def saved_per_layer(self) -> float:
         """Fraction of a chosen layer's token updates that are saved."""
-        return 1 - self.keep if self.selects_tokens else 1.0
+        return 1.0 if self.skips_layers else 1 - self.keep
+
+    def score(self, entering: LayerInput) -> torch.Tensor:
+        """Score every candidate, [C] float32, not negative; lower is more important."""
+        sinks = entering.residual[entering.first_rows]
+        return score(entering.residual, sinks, entering.top_k)

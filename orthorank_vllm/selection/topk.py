@@ -15,31 +15,31 @@ from orthorank_vllm.selection.transfer import to_device
 
 
 @dataclass(frozen=True)
-class Competition:
+class SegmentedTopK:
     """A plan's arrays on the device, all int64; see `plan.Plan`.
 
     Attributes:
         pair: [C] candidate and its own request's sink, as an index into all [tokens, R] pairs.
-        rank: [C] what orders candidates before their scores do: the window part in
+        rank: [C] what orders candidates before their scores do: the segment in
             the upper half, and below it the bit that puts a sink after all others.
     """
 
     candidates: torch.Tensor
     pair: torch.Tensor
     rank: torch.Tensor
-    winners: torch.Tensor
-    always: torch.Tensor
+    top_k_slots: torch.Tensor
+    forced_rows: torch.Tensor
 
     @staticmethod
     def arrays_of(plan: Plan) -> tuple[Ints, ...]:
         """The attributes on the host, in order."""
-        rank = plan.part << 32
+        rank = plan.segment << 32
         rank[plan.at_position_0] |= 1 << 31
         pair = plan.candidates * len(plan.requests) + plan.request
-        return plan.candidates, pair, rank, plan.winners, plan.always
+        return plan.candidates, pair, rank, plan.top_k_slots, plan.forced_rows
 
     @classmethod
-    def of_arrays(cls, plan: Plan, arrays: Sequence[torch.Tensor]) -> "Competition":
+    def of_arrays(cls, plan: Plan, arrays: Sequence[torch.Tensor]) -> "SegmentedTopK":
         """
         Args:
             arrays: those of `arrays_of`, on the device.
@@ -47,46 +47,48 @@ class Competition:
         return cls(*arrays)
 
     @classmethod
-    def of(cls, plan: Plan, device: torch.device) -> "Competition":
+    def of(cls, plan: Plan, device: torch.device) -> "SegmentedTopK":
         return cls.of_arrays(plan, to_device(cls.arrays_of(plan), device))
 
     def rows(
-        self, stream: torch.Tensor, sink_rows: torch.Tensor, slots: torch.Tensor
+        self, residual: torch.Tensor, sink_rows: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor:
         """Rows to update, ascending: see `select`.
 
         Args:
-            stream: [tokens, hidden] residual stream that enters the layer.
+            residual: [tokens, hidden] residual stream that enters the layer.
             sink_rows: [capacity, hidden] states of position 0 there.
             slots: [R] int64, each request's place among them.
 
         Returns:
             [plan.num_selected] int64.
         """
-        return select(score(stream, sink_rows.index_select(0, slots), self), self)
+        return select(score(residual, sink_rows.index_select(0, slots), self), self)
 
 
-def score(stream: torch.Tensor, sinks: torch.Tensor, competition: Competition) -> torch.Tensor:
+def score(residual: torch.Tensor, sinks: torch.Tensor, top_k: SegmentedTopK) -> torch.Tensor:
     """`|cos|` between each candidate and its request's sink, times the length of that sink.
 
     Lower is more important. The length is the same for all that compete with each other.
 
     Args:
-        stream: [tokens, hidden] residual stream that enters the layer.
+        residual: [tokens, hidden] residual stream that enters the layer.
         sinks: [R, hidden] the same for each request's position 0.
 
     Returns:
         [C] float32.
     """
-    stream = stream.float()
+    residual = residual.float()
     # Against every sink: cheaper than a copy of each token's own, for all but
     # hundreds of prompts in one forward.
-    products = stream.mv(sinks[0].float())[:, None] if len(sinks) == 1 else stream @ sinks.float().T
-    products.div_(torch.linalg.vector_norm(stream, dim=-1, keepdim=True))
-    return products.flatten().index_select(0, competition.pair).abs_()
+    products = (
+        residual.mv(sinks[0].float())[:, None] if len(sinks) == 1 else residual @ sinks.float().T
+    )
+    products.div_(torch.linalg.vector_norm(residual, dim=-1, keepdim=True))
+    return products.flatten().index_select(0, top_k.pair).abs_()
 
 
-def select(scores: torch.Tensor, competition: Competition) -> torch.Tensor:
+def select(scores: torch.Tensor, top_k: SegmentedTopK) -> torch.Tensor:
     """Rows to update, ascending.
 
     A prompt's last token is appended whether it won or not, so that the length
@@ -100,23 +102,23 @@ def select(scores: torch.Tensor, competition: Competition) -> torch.Tensor:
         [plan.num_selected] int64.
     """
     # On so few numbers numpy's operations, on the same memory, take two thirds of torch's time.
-    return (select_by_numpy if scores.is_cpu else select_by_torch)(scores, competition)
+    return (select_by_numpy if scores.is_cpu else select_by_torch)(scores, top_k)
 
 
-def select_by_torch(scores: torch.Tensor, competition: Competition) -> torch.Tensor:
+def select_by_torch(scores: torch.Tensor, top_k: SegmentedTopK) -> torch.Tensor:
     """See `select`; on any device."""
     # Floats that are not negative are ordered like their bits, and leave the sign bit free.
-    by_part_and_score = (competition.rank | scores.view(torch.int32)).argsort(stable=True)
-    winners = by_part_and_score.index_select(0, competition.winners)
-    winners = competition.candidates.index_select(0, winners)
-    return torch.cat([winners, competition.always]).sort().values
+    by_segment_and_score = (top_k.rank | scores.view(torch.int32)).argsort(stable=True)
+    chosen = by_segment_and_score.index_select(0, top_k.top_k_slots)
+    chosen = top_k.candidates.index_select(0, chosen)
+    return torch.cat([chosen, top_k.forced_rows]).sort().values
 
 
-def select_by_numpy(scores: torch.Tensor, competition: Competition) -> torch.Tensor:
+def select_by_numpy(scores: torch.Tensor, top_k: SegmentedTopK) -> torch.Tensor:
     """See `select`; on CPU, in the same steps."""
-    rank, candidates = competition.rank.numpy(), competition.candidates.numpy()
-    by_part_and_score = (rank | scores.numpy().view(np.int32)).argsort(kind="stable")
-    winners = candidates[by_part_and_score[competition.winners.numpy()]]
-    rows = np.concatenate([winners, competition.always.numpy()])
+    rank, candidates = top_k.rank.numpy(), top_k.candidates.numpy()
+    by_segment_and_score = (rank | scores.numpy().view(np.int32)).argsort(kind="stable")
+    chosen = candidates[by_segment_and_score[top_k.top_k_slots.numpy()]]
+    rows = np.concatenate([chosen, top_k.forced_rows.numpy()])
     rows.sort()
     return torch.from_numpy(rows)

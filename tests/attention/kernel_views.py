@@ -45,7 +45,7 @@ def run(case: Case) -> float:
             mock.patch.object(paged, "get_attention_context", return_value=context),
             mock.patch.object(paged, "write_kv", return_value=None),
         ):
-            output = way(attn, query.flatten(1), query, query, positions, positions)
+            output = way.run(attn, query.flatten(1), query, query, positions, positions)
         return output.view_as(query)
 
     return difference(case, attend_as_a_layer)

@@ -69,7 +69,9 @@ def test_every_query_sees_the_keys_of_its_own_request_up_to_its_position(
     computed, query_len, prompt_len = np.array(requests).T
     plan = make_plan(Batch(computed, query_len, prompt_len, computed), 1 / 3, 128)
     assert plan is not None
-    rows = torch.from_numpy(np.concatenate([plan.candidates[plan.winners], plan.always])).sort()
+    rows = torch.from_numpy(
+        np.concatenate([plan.candidates[plan.top_k_slots], plan.forced_rows])
+    ).sort()
     check(
         plan.batch, rows.values, plan.selected_per_request, group_size, sliding_window, monkeypatch
     )
@@ -134,9 +136,11 @@ def check(
     monkeypatch.setattr(cpu, "get_attention_context", lambda name: context)
 
     monkeypatch.setattr(cpu, "write_kv", lambda *_: None)  # they are in their pages
-    output = CpuAttention(batch, rows_per_request)(
-        attn, query.flatten(1), key.flatten(1), value.flatten(1), rows, positions
-    ).view_as(query)
+    output = (
+        CpuAttention(batch, rows_per_request)
+        .run(attn, query.flatten(1), key.flatten(1), value.flatten(1), rows, positions)
+        .view_as(query)
+    )
 
     for row, (position, owner) in enumerate(zip(positions.tolist(), request.tolist(), strict=True)):
         low = 0 if sliding_window < 0 else max(0, position - sliding_window + 1)

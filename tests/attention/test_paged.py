@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orthorank_vllm.attention.backend import TRITON_FROM_CONTEXT, choose_way
+from orthorank_vllm.attention.backend import TRITON_FROM_CONTEXT, choose_backend
 from orthorank_vllm.attention.paged import TritonAttention, window_of
 from orthorank_vllm.attention.paged_kernel import make_tiles
 from orthorank_vllm.attention.stock import GatherAttention, StockAttention
@@ -86,11 +86,11 @@ def test_long_contexts_take_the_kernel_and_short_ones_vllms_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(TritonAttention, "has_run", True)
-    way = choose_way("auto", [layer(), layer(kv_cache_dtype="fp8")], "cuda")
+    way = choose_backend("auto", [layer(), layer(kv_cache_dtype="fp8")], "cuda")
     rows = np.array([34])
-    assert isinstance(way.of_some(batch(TRITON_FROM_CONTEXT), rows), TritonAttention)
-    assert isinstance(way.of_some(batch(TRITON_FROM_CONTEXT - 1), rows), GatherAttention)
-    assert isinstance(way.of_all(batch(TRITON_FROM_CONTEXT)), StockAttention)
+    assert isinstance(way.plan(batch(TRITON_FROM_CONTEXT), rows), TritonAttention)
+    assert isinstance(way.plan(batch(TRITON_FROM_CONTEXT - 1), rows), GatherAttention)
+    assert isinstance(way.plan(batch(TRITON_FROM_CONTEXT), None), StockAttention)
     assert way.description == "triton from 4096 tokens of context, gather below"
 
 
@@ -98,8 +98,8 @@ def test_the_first_forward_compiles_the_kernel_however_short_it_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(TritonAttention, "has_run", False)
-    way = choose_way("auto", [layer()], "cuda")
-    assert isinstance(way.of_some(batch(200), np.array([34])), TritonAttention)
+    way = choose_backend("auto", [layer()], "cuda")
+    assert isinstance(way.plan(batch(200), np.array([34])), TritonAttention)
 
 
 @pytest.mark.parametrize(
@@ -115,18 +115,18 @@ def test_what_the_kernel_cannot_serve_is_gathered_and_never_forced(
     changes: dict[str, Any], named: str
 ) -> None:
     layers = [layer(), layer(**changes)]
-    way = choose_way("auto", layers, "cuda")
-    assert isinstance(way.of_some(batch(10**6), np.array([34])), GatherAttention)
+    way = choose_backend("auto", layers, "cuda")
+    assert isinstance(way.plan(batch(10**6), np.array([34])), GatherAttention)
     assert named in way.description
     with pytest.raises(OptionError, match=r"--orthorank-attention triton: .*" + named.split()[-1]):
-        choose_way("triton", layers, "cuda")
+        choose_backend("triton", layers, "cuda")
 
 
 def test_either_way_can_be_forced() -> None:
     rows = np.array([34])
-    forced = choose_way("triton", [layer()], "cuda").of_some(batch(200), rows)
+    forced = choose_backend("triton", [layer()], "cuda").plan(batch(200), rows)
     assert isinstance(forced, TritonAttention)
-    gathered = choose_way("gather", [layer()], "cuda").of_some(batch(10**6), rows)
+    gathered = choose_backend("gather", [layer()], "cuda").plan(batch(10**6), rows)
     assert isinstance(gathered, GatherAttention)
 
 

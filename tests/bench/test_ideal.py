@@ -37,7 +37,7 @@ def test_a_dense_prompt_costs_what_torch_counts() -> None:
 def test_a_selective_layer_costs_k_and_v_for_all_and_the_rest_for_the_updated_ones() -> None:
     shapes = Shapes.of(CONFIG)
     dense = prefill(shapes, TOKENS)
-    sparse = prefill(shapes, TOKENS, selective=2, window=0, is_read_whole=True)
+    sparse = prefill(shapes, TOKENS, selective=2, window=0, wants_all_rows=True)
     # ceil(40 / 3) = 14, and the last token.
     updated = 15
     key_value = 2 * 64 * 2 * 2 * 24
@@ -58,7 +58,7 @@ def test_the_shipped_models_linear_layers_gain_what_their_shapes_allow() -> None
     tokens = 128 * 300
     dense = prefill(smollm2, tokens)
     attention = 30 * 4.0 * 576 * (tokens + 1) / 2 * tokens
-    saved = dense - prefill(smollm2, tokens, selective=14, is_read_whole=True)
+    saved = dense - prefill(smollm2, tokens, selective=14, wants_all_rows=True)
     saved_attention = attention * 14 / 30 * (1 - 43 / 128)
     gain = (dense - attention) / (dense - attention - (saved - saved_attention))
     assert gain == pytest.approx(1 / (1 - 0.311 * 0.938), rel=5e-3)

@@ -133,7 +133,7 @@ def test_all_rows_are_read_if_one_request_wants_its_prompts_log_probabilities() 
         step = Step([replace(row, wants_prompt=wants) for row in rows[:1]] + rows[1:])
         batch = batch_of(step.inputs("0.32"), step.states, step.facts)
         assert batch is not None
-        assert batch.is_read_whole == wants
+        assert batch.wants_all_rows == wants
 
 
 GUESSES = 3
@@ -173,8 +173,8 @@ def test_rows_that_vllm_reads_are_read_whatever_is_left_of_prompts(
     assert batch.prompt_tokens.tolist() == [0, *[left] * requests, 140]
     plan = make_plan(batch, 1 / 3, 128)
     assert plan is not None
-    assert plan.read is not None
-    assert plan.read.tolist() == read_by_vllm(rows, [GUESSES, *[padding] * requests, 0])
+    assert plan.sampled_rows is not None
+    assert plan.sampled_rows.tolist() == read_by_vllm(rows, [GUESSES, *[padding] * requests, 0])
 
 
 class Recorder:

@@ -14,7 +14,7 @@ from prometheus_client import REGISTRY
 from transformers import AutoModelForCausalLM
 from vllm.forward_context import set_forward_context
 
-from orthorank_vllm.attention.backend import choose_way
+from orthorank_vllm.attention.backend import choose_backend
 from tests.conftest import Prompts
 from tests.support.reference import Reference, Rule
 from tests.support.replay import SAFE_MARGIN, TOLERANCE, Engine, Job, Run, Verdict, replay
@@ -273,7 +273,7 @@ def gathering(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with --orthorank-attention gather."""
     orthorank = engine.model.orthorank
     layers = [layer.attn.attn for layer in orthorank._decoder.layers.values()]
-    monkeypatch.setattr(orthorank, "attention", choose_way("gather", layers, "cpu"))
+    monkeypatch.setattr(orthorank, "attention", choose_backend("gather", layers, "cpu"))
 
 
 @pytest.mark.usefixtures("gathering")
@@ -302,9 +302,9 @@ def test_a_rehearsal_runs_both_forwards_and_leaves_no_trace(
 ) -> None:
     """What a GPU's server does when vLLM measures the memory of its first forward."""
     orthorank = engine.model.orthorank
-    monkeypatch.setattr(orthorank, "_has_to_rehearse", True)
+    monkeypatch.setattr(orthorank, "_needs_profile_run", True)
     check(engine.run([Job(prompts.take(140))]), reference)
-    assert orthorank.has_to_rehearse  # a forward with requests is not the one
+    assert orthorank.needs_profile_run  # a forward with requests is not the one
     rows: list[int] = []
     mlp_in = engine.model.model.layers[LAYERS[0]].mlp.gate_up_proj
     hook = mlp_in.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))

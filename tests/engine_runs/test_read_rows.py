@@ -84,8 +84,8 @@ def sparse_steps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[li
 
     def sparse(plan: Any, *args: Any) -> Any:
         steps.append(read)
-        if plan.read is not None:
-            missing.append(read - set(plan.read.tolist()))
+        if plan.sampled_rows is not None:
+            missing.append(read - set(plan.sampled_rows.tolist()))
         return forward(plan, *args)
 
     monkeypatch.setattr(runner, "_prepare_inputs", prepared)

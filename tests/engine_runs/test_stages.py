@@ -44,7 +44,7 @@ def stage(start, end):
     return made
 
 class Pipeline:
-    has_to_rehearse = False
+    needs_profile_run = False
 
     def __init__(self):
         self.stages = [stage(0, first_of_second), stage(first_of_second, len(whole.layers))]

@@ -9,7 +9,7 @@ import pytest
 from orthorank_vllm.evaluate.results import Results, Run, plan_runs
 from orthorank_vllm.options import OptionError
 from orthorank_vllm.profiles import Profile
-from orthorank_vllm.selection.method import Treatment
+from orthorank_vllm.selection.method import Method
 
 MODEL = {"num_hidden_layers": 30}
 PROFILES = {
@@ -20,7 +20,7 @@ IDENTITY: dict[str, Any] = {"data": {"sha256": "0"}, "tasks": {}, "keep": 1 / 3}
 
 
 def test_pruning_drops_ratio_times_layers_and_the_others_more_layers_in_part() -> None:
-    runs = plan_runs(["orthorank", "prune", "random"], [0, 0.1, 0.2], PROFILES, Treatment())
+    runs = plan_runs(["orthorank", "prune", "random"], [0, 0.1, 0.2], PROFILES, Method())
     assert [(run.method, len(run.layers), round(run.ratio, 3)) for run in runs] == [
         ("dense", 0, 0),
         ("orthorank", 5, 0.111),
@@ -35,7 +35,7 @@ def test_pruning_drops_ratio_times_layers_and_the_others_more_layers_in_part() -
 
 def test_a_ratio_past_the_profile_is_refused() -> None:
     with pytest.raises(OptionError, match=r"--ratios 0\.3: it needs 14 layers and the profile p"):
-        plan_runs(["orthorank"], [0.3], PROFILES, Treatment())
+        plan_runs(["orthorank"], [0.3], PROFILES, Method())
 
 
 def test_a_measured_run_is_found_again_by_method_and_layers(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from orthorank_vllm.offline.worker_calls import score_texts
 from orthorank_vllm.offline.workers import loaded_workers, measuring_config
-from orthorank_vllm.selection.method import Treatment
+from orthorank_vllm.evaluate.methods import METHODS
 model_path, texts, first_scored, cases = arguments
 parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
 config = measuring_config(parser.parse_args(["--model", model_path, "--dtype", "float32"]))
@@ -28,27 +28,27 @@ with loaded_workers(config) as workers:
         [
             [score.log_prob, score.is_greedy]
             for score in workers.call(
-                score_texts, texts, first_scored, layers, Treatment(**treatment)
+                score_texts, texts, first_scored, layers, METHODS[name](**method)
             )
         ]
-        for layers, treatment in cases
+        for layers, name, method in cases
     ])
 """
-CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
-    "dense": ((), {}),
-    "the rule": (LAYERS, {}),
-    "the whole prompt": (LAYERS, {"window": 0}),
-    "other numbers": (LAYERS, {"window": 16, "keep": 0.5}),
-    "early layers": ((2, 3, 4), {}),
-    "pruned": (LAYERS, {"method": "prune"}),
-    "aligned": (LAYERS, {"method": "aligned"}),
-    "random": (LAYERS, {"method": "random"}),
-    "random, again": (LAYERS, {"method": "random"}),
-    "random, another seed": (LAYERS, {"method": "random", "seed": 1}),
-    "normed": (LAYERS, {"method": "normed"}),
-    "forget": (LAYERS, {"method": "forget"}),
-    "all but the sink": (LAYERS, {"window": 1}),
-    "all but the sink, forget": (LAYERS, {"method": "forget", "window": 1}),
+CASES: dict[str, tuple[tuple[int, ...], str, dict[str, Any]]] = {
+    "dense": ((), "orthorank", {}),
+    "the rule": (LAYERS, "orthorank", {}),
+    "the whole prompt": (LAYERS, "orthorank", {"window": 0}),
+    "other numbers": (LAYERS, "orthorank", {"window": 16, "keep": 0.5}),
+    "early layers": ((2, 3, 4), "orthorank", {}),
+    "pruned": (LAYERS, "prune", {}),
+    "aligned": (LAYERS, "aligned", {}),
+    "random": (LAYERS, "random", {}),
+    "random, again": (LAYERS, "random", {}),
+    "random, another seed": (LAYERS, "random", {"seed": 1}),
+    "normed": (LAYERS, "normed", {}),
+    "forget": (LAYERS, "forget", {}),
+    "all but the sink": (LAYERS, "orthorank", {"window": 1}),
+    "all but the sink, forget": (LAYERS, "forget", {"window": 1}),
 }
 LENGTHS = (200, 37, 260, 200, 3)
 FIRST_SCORED = (1, 30, 100, 1, 2)
@@ -111,7 +111,7 @@ def test_texts_of_any_length_score_as_in_the_reference(
     model: Any,
     texts: list[list[int]],
 ) -> None:
-    layers, numbers = CASES[case]
+    layers, _, numbers = CASES[case]
     reference = Reference(model, Rule(layers, **numbers))
     assert_scored(scored[case], [reference.start(text) for text in texts], FIRST_SCORED)
 

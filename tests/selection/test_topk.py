@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from orthorank_vllm.selection.plan import Batch, Plan, make_plan
-from orthorank_vllm.selection.topk import Competition, score, select_by_numpy, select_by_torch
+from orthorank_vllm.selection.topk import SegmentedTopK, score, select_by_numpy, select_by_torch
 
 
 def select_rows(plan: Plan, scores: list[float]) -> list[int]:
-    competition = Competition.of(plan, torch.device("cpu"))
-    competing = torch.tensor(scores)[competition.candidates]
-    rows, same = select_by_numpy(competing, competition), select_by_torch(competing, competition)
+    top_k = SegmentedTopK.of(plan, torch.device("cpu"))
+    competing = torch.tensor(scores)[top_k.candidates]
+    rows, same = select_by_numpy(competing, top_k), select_by_torch(competing, top_k)
     assert rows.tolist() == same.tolist()
     assert len(rows) == plan.num_selected
     return rows.tolist()
@@ -32,39 +32,39 @@ def prompt_plan(length: int, keep: float, window: int, computed: int = 0, total:
     return plan
 
 
-def competition_of(request: list[int]) -> Competition:
+def competition_of(request: list[int]) -> SegmentedTopK:
     """Every row a candidate, of the request given."""
     none = torch.empty(0, dtype=torch.int64)
     rows = torch.arange(len(request))
-    return Competition(
+    return SegmentedTopK(
         candidates=rows,
         pair=rows * (max(request) + 1) + torch.tensor(request),
         rank=none,
-        winners=none,
-        always=none,
+        top_k_slots=none,
+        forced_rows=none,
     )
 
 
 def test_the_score_is_the_absolute_cosine_times_the_sinks_length() -> None:
     """Break seen: without the absolute value a token opposite to the sink wins."""
-    stream = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
-    scores = score(stream, torch.tensor([[5.0, 0.0]]), competition_of([0, 0, 0, 0]))
+    residual = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
+    scores = score(residual, torch.tensor([[5.0, 0.0]]), competition_of([0, 0, 0, 0]))
     torch.testing.assert_close(scores, torch.tensor([5.0, 5.0, 0.0, 5 * 0.5**0.5]))
 
 
 def test_every_token_is_scored_against_its_own_request() -> None:
     """Break seen: position 0 from the wrong request."""
-    stream = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    residual = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     sinks = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    assert score(stream, sinks, competition_of([0, 1, 1])).tolist() == [1.0, 0.0, 1.0]
+    assert score(residual, sinks, competition_of([0, 1, 1])).tolist() == [1.0, 0.0, 1.0]
 
 
 def test_the_score_is_computed_in_float32_whatever_the_model_runs_in() -> None:
-    stream = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    sinks = stream[:1]
-    scores = score(stream, sinks, competition_of([0] * 50))
+    residual = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    sinks = residual[:1]
+    scores = score(residual, sinks, competition_of([0] * 50))
     assert scores.dtype == torch.float32
-    wanted = torch.cosine_similarity(stream.double(), sinks.double()).abs().float()
+    wanted = torch.cosine_similarity(residual.double(), sinks.double()).abs().float()
     length = float(sinks.float().norm())
     torch.testing.assert_close(scores / length, wanted, atol=1e-6, rtol=0)
 

@@ -58,17 +58,17 @@ def test_the_kernels_compile(
 def test_a_sort_is_left_to_windows_too_large_to_compare_all_with_all() -> None:
     import numpy as np
 
-    from orthorank_vllm.model.forward import _kind_of_competition
+    from orthorank_vllm.model.forward import _top_k_for
     from orthorank_vllm.selection.plan import Batch, make_plan
-    from orthorank_vllm.selection.topk import Competition
+    from orthorank_vllm.selection.topk import SegmentedTopK
 
     length = np.array([900])
     for window, kind in (
-        (0, Competition),
-        (LARGEST_WINDOW + 1, Competition),
-        (LARGEST_WINDOW, topk_triton.PartedCompetition),
+        (0, SegmentedTopK),
+        (LARGEST_WINDOW + 1, SegmentedTopK),
+        (LARGEST_WINDOW, topk_triton.SegmentedTopKTriton),
     ):
         plan = make_plan(Batch(0 * length, length, length, length), 1 / 3, window)
         assert plan is not None
-        assert _kind_of_competition(plan, torch.device("cuda")) is kind
-        assert _kind_of_competition(plan, torch.device("cpu")) is Competition
+        assert _top_k_for(plan, torch.device("cuda")) is kind
+        assert _top_k_for(plan, torch.device("cpu")) is SegmentedTopK

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from orthorank_vllm.selection.plan import Batch, make_plan
-from orthorank_vllm.selection.topk import Competition, score, select
-from orthorank_vllm.selection.topk_triton import PartedCompetition
+from orthorank_vllm.selection.topk import SegmentedTopK, score, select
+from orthorank_vllm.selection.topk_triton import SegmentedTopKTriton
 
 HIDDEN = 70
 CPU = torch.device("cpu")
@@ -26,13 +26,13 @@ def differing(seed: int) -> list[str]:
         return []
     torch.manual_seed(seed)
     # Few different states, so that many scores are equal; larger than any is the sink's own.
-    stream = torch.randn(4, HIDDEN)[torch.randint(4, (plan.num_tokens,))]
+    residual = torch.randn(4, HIDDEN)[torch.randint(4, (plan.num_tokens,))]
     table = torch.randn(7, HIDDEN)
     slots = torch.randint(7, (len(plan.requests),))
-    sorted_out = Competition.of(plan, CPU)
-    scores = score(stream, table[slots], sorted_out)
-    arrays = [torch.from_numpy(array) for array in PartedCompetition.arrays_of(plan)]
-    found = PartedCompetition.of_arrays(plan, arrays).rows(stream, table, slots)
+    sorted_out = SegmentedTopK.of(plan, CPU)
+    scores = score(residual, table[slots], sorted_out)
+    arrays = [torch.from_numpy(array) for array in SegmentedTopKTriton.arrays_of(plan)]
+    found = SegmentedTopKTriton.of_arrays(plan, arrays).rows(residual, table, slots)
     expected = select(scores.round(decimals=4), sorted_out)
     if found.tolist() == expected.tolist():
         return []

@@ -19,22 +19,22 @@ SILU_MLPS = ("LlamaMLP", "Qwen2MLP", "GraniteMLP")
 
 
 def add_and_norm(
-    norm: Any, stream: torch.Tensor, delta: torch.Tensor | None
+    norm: Any, residual: torch.Tensor, update: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`norm(stream + delta)` and the sum. Both arguments are given away: they may be reused.
+    """`norm(residual + update)` and the sum. Both arguments are given away: they may be reused.
 
     Args:
-        stream: [tokens, hidden] residual stream.
-        delta: [tokens, hidden] still to be added to it, or None.
+        residual: [tokens, hidden] residual stream.
+        update: [tokens, hidden] still to be added to it, or None.
     """
-    if not _is_plain(norm, stream):
-        return (norm(stream), stream) if delta is None else norm(delta, stream)
-    if delta is None:
-        normed = torch.empty_like(stream)
-        ops.rms_norm(normed, stream, norm.weight, norm.variance_epsilon)
-        return normed, stream
-    ops.fused_add_rms_norm(delta, stream, norm.weight, norm.variance_epsilon)
-    return delta, stream
+    if not _is_plain(norm, residual):
+        return (norm(residual), residual) if update is None else norm(update, residual)
+    if update is None:
+        normed = torch.empty_like(residual)
+        ops.rms_norm(normed, residual, norm.weight, norm.variance_epsilon)
+        return normed, residual
+    ops.fused_add_rms_norm(update, residual, norm.weight, norm.variance_epsilon)
+    return update, residual
 
 
 def norm_heads(norm: Any, heads: torch.Tensor, head_size: int) -> torch.Tensor:
@@ -67,8 +67,10 @@ def rotate(
 
 
 def mlp(module: Any, normed: torch.Tensor) -> torch.Tensor:
-    """The layer's MLP, or whatever stands in its place. On CPU its activation is a
-    compiled function of its own, and entering that costs more than the activation itself.
+    """The layer's MLP, or whatever stands in its place.
+
+    On CPU its activation is a compiled function of its own, and entering that costs more than the
+    activation itself.
 
     Args:
         normed: [tokens, hidden].
@@ -85,11 +87,11 @@ def mlp(module: Any, normed: torch.Tensor) -> torch.Tensor:
     return output
 
 
-def _is_plain(norm: Any, stream: torch.Tensor) -> bool:
+def _is_plain(norm: Any, residual: torch.Tensor) -> bool:
     return (
         type(norm) is RMSNorm
         and norm.has_weight
         and norm.variance_size_override is None
-        and norm.weight.dtype == stream.dtype
-        and stream.is_contiguous()
+        and norm.weight.dtype == residual.dtype
+        and residual.is_contiguous()
     )

@@ -1,0 +1,67 @@
+"""What the rule is measured against: each method says what it does otherwise."""
+
+import torch
+
+from orthorank_vllm.selection.method import LayerInput, Method
+from orthorank_vllm.selection.topk import score
+
+
+class Prune(Method):
+    """Whole layers left out."""
+
+    name = "prune"
+    description = "the layer is left out"
+    skips_layers = True
+
+
+class Random(Method):
+    """As many tokens of each segment, drawn at random."""
+
+    name = "random"
+    description = "as many tokens in each window, drawn at random"
+
+    def score(self, entering: LayerInput) -> torch.Tensor:
+        """Numbers that know nothing of the tokens, [C]."""
+        generator = entering.generator
+        return torch.rand(
+            len(entering.top_k.candidates), generator=generator, device=generator.device
+        )
+
+
+class Normed(Method):
+    """The rule with another score."""
+
+    name = "normed"
+    description = "scored on the layer's normalised input, learned weight included"
+
+    def score(self, entering: LayerInput) -> torch.Tensor:
+        """`|cos|` of the normalised input, [C]."""
+        return score(entering.normed, entering.normed[entering.first_rows], entering.top_k)
+
+
+class Aligned(Method):
+    """The rule the other way round."""
+
+    name = "aligned"
+    description = "the tokens most aligned with the sink instead of the least"
+
+    def score(self, entering: LayerInput) -> torch.Tensor:
+        """What each score lacks of the largest, [C]."""
+        scores = super().score(entering)
+        return scores.max() - scores
+
+
+class Forget(Method):
+    """The rule, and no K and V of what it leaves out."""
+
+    name = "forget"
+    description = "tokens that are not selected leave no K and V, the sink apart"
+    hides_others = True
+
+
+METHODS = {method.name: method for method in (Method, Prune, Random, Normed, Aligned, Forget)}
+
+
+def method_named(name: str, rule: Method) -> Method:
+    """One of `METHODS`, with the rule's keep, window and seed."""
+    return METHODS[name](keep=rule.keep, window=rule.window, seed=rule.seed)
