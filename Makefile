@@ -73,7 +73,8 @@ ifneq ($(wildcard $(PARTIAL)),)
 .PHONY: $(SERVE_STAMP)
 endif
 
-# Python compiles what is imported, once, which is a fraction of what pip would compile.
+# Python compiles what is imported, once, which is a fraction of what pip would compile. It must be let to keep it.
+export PYTHONDONTWRITEBYTECODE =
 PIP_INSTALL = $(BIN)/python -m pip install $(PIP_FLAGS) --no-compile --no-deps
 
 $(SERVE_STAMP): requirements/cpu.lock pyproject.toml tools/vllm-metadata/pyproject.toml

@@ -20,6 +20,7 @@ from orthorank_vllm.profiles import (
     model_identity,
     model_shape,
     read_profile,
+    shipped_profile,
 )
 
 SHAPE = {
@@ -215,3 +216,11 @@ def test_what_is_wrong_with_a_profile_is_said_in_one_line(
     with pytest.raises(ProfileError, match=message) as raised:
         read_profile(path)
     assert "\n" not in str(raised.value)
+
+
+def test_the_shipped_profile_says_what_becomes_of_look_ups_at_its_ratios() -> None:
+    """5, 9 and 14 layers: 0.1, 0.2 and 0.3."""
+    shipped = shipped_profile(model_identity(smollm2()))
+    assert shipped is not None
+    found = [shipped.lookups_with(layers, shipped.keep, shipped.window) for layers in (5, 9, 14)]
+    assert found == [0.19, 0.02, 0.0]
