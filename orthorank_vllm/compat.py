@@ -94,8 +94,7 @@ def supported_in_words() -> str:
     from packaging.version import Version
 
     bounds = {bound.operator: Version(bound.version) for bound in supported_vllm()}
-    beyond = bounds["<"]
-    return f"{bounds['>=']} to {beyond.major}.{beyond.minor - 1}"
+    return f"{bounds['>=']} to {bounds['<'].major}.{bounds['<'].minor - 1}"
 
 
 def require_seams(seams: Sequence[str]) -> None:
@@ -113,7 +112,9 @@ def require_seams(seams: Sequence[str]) -> None:
 
 def worker_seams() -> tuple[str, ...]:
     """The names that a worker on this machine takes."""
-    return (*WORKER_SEAMS, *GPU_SEAMS) if platform().is_cuda() else WORKER_SEAMS
+    from vllm.platforms import current_platform
+
+    return (*WORKER_SEAMS, *GPU_SEAMS) if current_platform.is_cuda() else WORKER_SEAMS
 
 
 def missing_seams(seams: Sequence[str]) -> Iterator[tuple[str, Exception]]:
@@ -127,11 +128,7 @@ def missing_seams(seams: Sequence[str]) -> Iterator[tuple[str, Exception]]:
 
 
 def import_vllm() -> None:
-    """Import what vLLM's commands start with, as far as their options.
-
-    Raises:
-        Exception: whatever a broken installation raises.
-    """
+    """Import what every start of vLLM needs; raises whatever a broken installation does."""
     import vllm.engine.arg_utils  # noqa: F401
 
 
@@ -139,19 +136,25 @@ def cache_root() -> str:
     """The folder that vLLM keeps things in."""
     from vllm import envs
 
-    root: str = envs.VLLM_CACHE_ROOT
-    return root
+    return envs.VLLM_CACHE_ROOT
 
 
-def platform() -> Any:
-    """What vLLM knows of the device that it runs on: its `current_platform`."""
+def device_type() -> str:
+    """The kind of device that vLLM would run on; empty if it knows none here."""
     from vllm.platforms import current_platform
 
-    return current_platform
+    return current_platform.device_type
+
+
+def device_name() -> str:
+    """The model of that device."""
+    from vllm.platforms import current_platform
+
+    return current_platform.get_device_name()
 
 
 def missing_cpu_kernels() -> list[str]:
-    """Those of vLLM's kernels for CPU that do not load, of the ones that are called."""
+    """Names of vLLM's kernels for CPU that are called, and do not load."""
     import torch
 
     # vLLM loads its kernels, or does without: that is told when they are first called.

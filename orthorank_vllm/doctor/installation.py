@@ -123,8 +123,7 @@ def _device() -> Check:
 
     from orthorank_vllm.engine.unsupported import REFUSALS
 
-    current = compat.platform()
-    device = current.device_type
+    device = compat.device_type()
     asked = SimpleNamespace(device_config=SimpleNamespace(device_type=device))
     refusal = next((refusal for refusal in REFUSALS if refusal.option == "device"), None)
     if refusal is not None and refusal.value(asked) is not None:
@@ -134,7 +133,7 @@ def _device() -> Check:
             "Install vLLM for CPU",
         )
     if device != "cpu":
-        return ok("device", f"{device} ({current.get_device_name()})")
+        return ok("device", f"{device} ({compat.device_name()})")
     missing = compat.missing_cpu_kernels()
     if missing:
         return failed(
