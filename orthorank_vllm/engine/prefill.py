@@ -1,11 +1,11 @@
 """What an OrthoRank model carries besides its stock modules."""
 
+import logging
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.logger import init_logger
 from vllm.sequence import IntermediateTensors
 
 from orthorank_vllm.attention.backend import choose_backend
@@ -22,7 +22,7 @@ from orthorank_vllm.options import OptionError
 from orthorank_vllm.selection.plan import Batch, Plan, make_plan, profile_run_batch
 
 # vLLM shows the log lines of its own namespace only.
-logger = init_logger("vllm.orthorank")
+logger = logging.getLogger("vllm.orthorank")
 
 # Beside one slot for every running request, first tokens seen lately.
 SPARE_SINK_SLOTS = 64

@@ -19,6 +19,7 @@ from orthorank_vllm.calibrate.calibration import (
 )
 from orthorank_vllm.calibrate.command import measure
 from orthorank_vllm.calibrate.greedy import Choice
+from orthorank_vllm.compat import cache_root
 from orthorank_vllm.config import selective_count
 from orthorank_vllm.evaluate.args import EvaluateArgs, add_arguments
 from orthorank_vllm.evaluate.methods import method_named
@@ -156,14 +157,12 @@ def _profile(path: str | None, model: dict[str, Any], method: Method) -> Profile
     Raises:
         OptionError: it cannot be used, or there is none.
     """
-    from vllm import envs
-
     if path is not None:
         try:
             return read_profile_of(model, path)
         except ProfileError as error:
             raise OptionError(f"--profile {path}: {error}") from None
-    kept = kept_profiles(envs.VLLM_CACHE_ROOT, model["config_sha256"], method.keep, method.window)
+    kept = kept_profiles(cache_root(), model["config_sha256"], method.keep, method.window)
     try:
         found = read_profile(kept[0]) if kept else shipped_profile(model)
     except ProfileError:
@@ -181,8 +180,6 @@ def _check_weights(profile: Profile, weights: str | None, path: str | None) -> N
     Raises:
         OptionError: it would take another profile, as this one is kept for other weights.
     """
-    from vllm import envs
-
     if weights is None or profile.weights in (None, weights):
         return
     told = f"the profile {profile.name} was measured on other weights of this shape"
@@ -190,7 +187,7 @@ def _check_weights(profile: Profile, weights: str | None, path: str | None) -> N
         print(f"note: {told}", file=sys.stderr)
         return
     own = cached_path(
-        envs.VLLM_CACHE_ROOT,
+        cache_root(),
         profile.model["config_sha256"],
         weights,
         profile.keep,

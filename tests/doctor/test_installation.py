@@ -74,6 +74,7 @@ def test_hooks_that_vllm_lacks_are_all_named(
     assert checks["hooks"]["state"] == "FAILED"
     assert "vllm._custom_ops:rms_norm" in checks["hooks"]["found"]
     assert "vllm.engine.arg_utils:EngineArgs.from_cli_args" in checks["hooks"]["found"]
+    assert checks["hooks"]["mend"] == "Install vLLM 0.26 to 0.32"
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(
@@ -161,5 +162,5 @@ def test_without_its_own_metadata_the_plugin_cannot_be_found(tmp_path: Path) -> 
     result = examine_in(tmp_path)
     assert result.returncode == 1
     assert result.stderr == ""
-    assert re.search(r"^warning +vLLM .*metadata is missing", result.stdout, re.MULTILINE)
+    assert re.search(r"^ok +vLLM +0.32.0, .* is supported", result.stdout, re.MULTILINE)
     assert re.search(r"^FAILED +plugin .*no entry point orthorank", result.stdout, re.MULTILINE)
