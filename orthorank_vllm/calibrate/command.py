@@ -24,12 +24,11 @@ from orthorank_vllm.cli.args import (
     add_rule_arguments,
     breadth_of,
     parse_count,
-    parse_option,
     rule_of,
 )
 from orthorank_vllm.config import selective_count
 from orthorank_vllm.files import check_writable
-from orthorank_vllm.options import OptionError, parse_ratio
+from orthorank_vllm.options import RATIO, OptionError
 from orthorank_vllm.profiles import Profile, cached_path, kept_folder
 from orthorank_vllm.selection.method import Method
 
@@ -82,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
 
     method = rule_of(arguments)
-    max_ratio = parse_option("--max-ratio", parse_ratio, arguments.max_ratio)
+    max_ratio = RATIO.parse(arguments.max_ratio, "--max-ratio")
     tokens = parse_count("--tokens", arguments.tokens, least=DEFAULT_LENGTH)
     breadth = breadth_of(arguments)
     text = read_text(arguments.data) if arguments.data else built_in_text()

@@ -1,24 +1,17 @@
 """Options that several commands share, and how they are read."""
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
-from orthorank_vllm.options import (
-    DEFAULT_KEEP,
-    DEFAULT_WINDOW,
-    OptionError,
-    parse_keep,
-    parse_window,
-)
+from orthorank_vllm.options import KEEP, WINDOW, OptionError
 from orthorank_vllm.selection.method import Method
 
 
 def add_rule_arguments(group: Any) -> None:
     """`--keep` and `--window`."""
-    group.add_argument("--keep", default=DEFAULT_KEEP, help="As --orthorank-keep (default: 1/3).")
+    group.add_argument("--keep", default=KEEP.default, help=f"As {KEEP.flag} (default: 1/3).")
     group.add_argument(
-        "--window", default=DEFAULT_WINDOW, help="As --orthorank-window (default: %(default)s)."
+        "--window", default=WINDOW.default, help=f"As {WINDOW.flag} (default: %(default)s)."
     )
 
 
@@ -28,8 +21,8 @@ def rule_of(arguments: argparse.Namespace) -> Method:
         OptionError: what `add_rule_arguments` added was given a value that cannot be.
     """
     return Method(
-        keep=parse_option("--keep", parse_keep, arguments.keep),
-        window=parse_option("--window", parse_window, arguments.window),
+        keep=KEEP.parse(arguments.keep, "--keep"),
+        window=WINDOW.parse(arguments.window, "--window"),
     )
 
 
@@ -53,15 +46,6 @@ def breadth_of(arguments: argparse.Namespace) -> int | None:
     return parse_count("--breadth", arguments.breadth, least=1)
 
 
-def parse_option(name: str, parse: Callable[[object], Any], value: object) -> Any:
-    """One of `options`' parsers, with this command's name of the option in its message."""
-    try:
-        return parse(value)
-    except OptionError as error:
-        message = str(error).partition(" ")[2]
-        raise OptionError(f"{name} {message}") from None
-
-
 def parse_count(name: str, value: object, least: int) -> int:
     """
     Raises:
@@ -69,5 +53,5 @@ def parse_count(name: str, value: object, least: int) -> int:
     """
     number = int(str(value)) if str(value).isdecimal() else 0
     if number < least:
-        raise OptionError(f"{name} {value}: not allowed, give a whole number from {least}")
+        raise OptionError(name, value, f"give a whole number from {least}")
     return number
