@@ -67,7 +67,8 @@ class AttentionBackend:
 
 
 def check_backend(asked: str, device: str) -> None:
-    """
+    """Check that a way of attending is one for this device.
+
     Raises:
         OptionError: this way of attending is not for this device.
     """
@@ -77,7 +78,8 @@ def check_backend(asked: str, device: str) -> None:
 
 
 def choose_backend(asked: str, attention_layers: Sequence[Any], device: str) -> AttentionBackend:
-    """
+    """Choose how the layers attend: as asked, or what serves best here.
+
     Args:
         asked: one of `options.ATTENTION_BACKENDS`.
         attention_layers: vLLM's `Attention` layers of the model.

@@ -44,7 +44,8 @@ class VarlenAttention:
     def __init__(
         self, texts: PackedTexts, rows_per_text: Ints | None = None, hides_others: bool = False
     ) -> None:
-        """
+        """Take the queries of every text, all of them or some.
+
         Args:
             rows_per_text: how many queries each text has; None: all.
             hides_others: whether rows without a query have no K and V, the first of a text apart.
