@@ -66,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """
+    """Choose the layers and write their profile; returns the exit status.
+
     Raises:
         OptionError: see the options.
     """
@@ -183,7 +184,8 @@ def default_output(calibration: Calibration) -> Path:
 
 
 def write(profile: Profile, path: Path) -> None:
-    """
+    """Write a profile whole or not at all.
+
     Raises:
         OptionError: the disk is full, say; what was there is untouched.
     """

@@ -11,7 +11,8 @@ class TrialBar:
     """Counts what trials cost, so that the time left is right: a trial skips the layers below."""
 
     def __init__(self, choice: Choice, count: int, breadth: int | None = None) -> None:
-        """
+        """Show a choice of layers from where it stands.
+
         Args:
             choice: read at each update.
             count: layers to be chosen.

@@ -134,7 +134,8 @@ def _calibrated(
     known: Profile | None,
     deadline: float,
 ) -> Profile:
-    """
+    """Choose a model's layers by measurement until a deadline.
+
     Raises:
         _Unmeasured: the time does not suffice, or the losses tell nothing.
     """

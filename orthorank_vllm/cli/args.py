@@ -16,7 +16,8 @@ def add_rule_arguments(group: Any) -> None:
 
 
 def rule_of(arguments: argparse.Namespace) -> Method:
-    """
+    """The selection rule with the options that `add_rule_arguments` added.
+
     Raises:
         OptionError: what `add_rule_arguments` added was given a value that cannot be.
     """
@@ -37,7 +38,8 @@ def add_breadth_argument(group: Any) -> None:
 
 
 def breadth_of(arguments: argparse.Namespace) -> int | None:
-    """
+    """How many layers a step tries; None for all.
+
     Raises:
         OptionError: it cannot be.
     """
@@ -47,7 +49,8 @@ def breadth_of(arguments: argparse.Namespace) -> int | None:
 
 
 def parse_count(name: str, value: object, least: int) -> int:
-    """
+    """A whole number that is not below the least.
+
     Raises:
         OptionError: not a whole number, or too small.
     """
