@@ -54,7 +54,8 @@ class StepCounter:
     def __init__(
         self, metrics: WorkerMetrics, shapes: Shapes, is_first_stage: bool, last_layer: int | None
     ) -> None:
-        """
+        """Count for one stage of the model.
+
         Args:
             is_first_stage: whether steps, prompt tokens and sinks are counted here.
             last_layer: the model's, if it is in this stage.
