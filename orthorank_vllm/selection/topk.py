@@ -40,7 +40,8 @@ class SegmentedTopK:
 
     @classmethod
     def of_arrays(cls, plan: Plan, arrays: Sequence[torch.Tensor]) -> "SegmentedTopK":
-        """
+        """What is needed of a plan, on the device.
+
         Args:
             arrays: those of `arrays_of`, on the device.
         """
@@ -106,7 +107,7 @@ def select(scores: torch.Tensor, top_k: SegmentedTopK) -> torch.Tensor:
 
 
 def select_by_torch(scores: torch.Tensor, top_k: SegmentedTopK) -> torch.Tensor:
-    """See `select`; on any device."""
+    """Select by torch, on any device (rules 3 and 4)."""
     # Floats that are not negative are ordered like their bits, and leave the sign bit free.
     by_segment_and_score = (top_k.rank | scores.view(torch.int32)).argsort(stable=True)
     chosen = by_segment_and_score.index_select(0, top_k.top_k_slots)
@@ -115,7 +116,7 @@ def select_by_torch(scores: torch.Tensor, top_k: SegmentedTopK) -> torch.Tensor:
 
 
 def select_by_numpy(scores: torch.Tensor, top_k: SegmentedTopK) -> torch.Tensor:
-    """See `select`; on CPU, in the same steps."""
+    """Select by numpy, on CPU, in the steps of `select_by_torch` (rules 3 and 4)."""
     rank, candidates = top_k.rank.numpy(), top_k.candidates.numpy()
     by_segment_and_score = (rank | scores.numpy().view(np.int32)).argsort(kind="stable")
     chosen = candidates[by_segment_and_score[top_k.top_k_slots.numpy()]]
