@@ -81,12 +81,12 @@ class OrthoRankConfig:
         return cls(**{**values, "layers": tuple(values["layers"])})
 
     def with_layers(self, layers: Sequence[int], source: str) -> "OrthoRankConfig":
-        """The same with its layers chosen."""
+        """A copy whose layers are chosen."""
         layers = tuple(sorted(layers))
         return replace(self, layers=layers, source=source, to_choose=0, calibrate_seconds=0.0)
 
     def with_profile(self, profile: Profile) -> "OrthoRankConfig":
-        """The same with the first layers of a profile, as many as are to be chosen."""
+        """A copy with the first layers of a profile, as many as are to be chosen."""
         chosen = self.with_layers(profile.order[: self.to_choose], profile.describe(self.keep))
         return replace(
             chosen,
@@ -95,7 +95,7 @@ class OrthoRankConfig:
         )
 
     def evenly_spaced(self, reason: str, remedy: str) -> "OrthoRankConfig":
-        """The same with layers that nothing was measured for.
+        """A copy with layers that nothing was measured for.
 
         Args:
             reason, remedy: why that is so, and what would help.

@@ -42,7 +42,8 @@ def write_whole(path: Path, content: str) -> None:
 
 
 def write_output(path: Path, content: str) -> None:
-    """
+    """Write a command's output whole or not at all.
+
     Raises:
         OptionError: the disk is full, say; what was there is untouched.
     """

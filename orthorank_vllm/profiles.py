@@ -83,7 +83,8 @@ class Profile:
         return all(self.model[key] == model_shape.get(key) for key in SHAPE_KEYS)
 
     def check_fits(self, model_shape: Mapping[str, Any]) -> None:
-        """
+        """Check that a profile was measured on a model of this shape.
+
         Raises:
             ProfileError: it was measured on another model; names what differs.
         """
@@ -141,7 +142,8 @@ def config_hash(hf_config: Any) -> str:
 
 
 def read_profile(path: str | Path) -> Profile:
-    """
+    """Read and check a profile's file.
+
     Raises:
         ProfileError: missing, not JSON, or not a profile.
     """
@@ -155,7 +157,8 @@ def read_profile(path: str | Path) -> Profile:
 
 
 def read_profile_of(model: Mapping[str, Any], path: str | Path) -> Profile:
-    """
+    """Read a profile's file and check that it is the model's.
+
     Args:
         model: see `model_identity`.
 

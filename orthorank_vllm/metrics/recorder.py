@@ -19,7 +19,8 @@ class WorkerMetrics:
     """Counts of one engine, written by the worker that speaks for it."""
 
     def __init__(self, labels: Mapping[str, str], layers: Iterable[int]) -> None:
-        """
+        """Open this worker's file among the server's metrics.
+
         Args:
             labels: of every metric.
             layers: those that are counted here.
@@ -124,7 +125,8 @@ class WorkerMetrics:
         self._counts.write()
 
     def count_updates(self, prompt_tokens: int, skipped: Mapping[int, int]) -> None:
-        """
+        """Count a step's token updates, done and skipped.
+
         Args:
             skipped: token updates, by layer; 0 in the others.
         """

@@ -88,7 +88,8 @@ def is_up(metrics: Iterable[Metric]) -> bool:
 
 
 def engines_of(metrics: Iterable[Metric]) -> list[EngineStatus]:
-    """
+    """What each engine runs and has counted, out of its metrics.
+
     Args:
         metrics: collected by prometheus-client, or parsed from `/metrics`; all that are not
             OrthoRank's counts are passed over.
