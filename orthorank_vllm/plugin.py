@@ -99,7 +99,8 @@ def register() -> None:
 
 
 def require_seams(seams: tuple[str, ...]) -> None:
-    """
+    """Check that this vLLM has every name that is patched or taken.
+
     Raises:
         RuntimeError: names the first seam that this vLLM lacks.
     """

@@ -10,7 +10,8 @@ FAILED = "FAILED"
 
 @dataclass(frozen=True)
 class Check:
-    """
+    """What was looked at, and what was found.
+
     Attributes:
         what: was looked at.
         state: OK, WARNING or FAILED.

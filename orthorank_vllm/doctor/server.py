@@ -25,7 +25,8 @@ class Client:
     """Asks one server."""
 
     def __init__(self, url: str, api_key: str | None) -> None:
-        """
+        """Take the address of a running server, and its key.
+
         Args:
             url: where the server answers; the `/v1` of its API may stand at its end.
 
