@@ -68,7 +68,7 @@ class SegmentedTopK:
 
 
 def score(residual: torch.Tensor, sinks: torch.Tensor, top_k: SegmentedTopK) -> torch.Tensor:
-    """`|cos|` between each candidate and its request's sink, times the length of that sink.
+    """`|cos|` of each candidate to its request's sink, times that sink's length (rules 1 and 2).
 
     Lower is more important. The length is the same for all that compete with each other.
 
@@ -90,7 +90,7 @@ def score(residual: torch.Tensor, sinks: torch.Tensor, top_k: SegmentedTopK) -> 
 
 
 def select(scores: torch.Tensor, top_k: SegmentedTopK) -> torch.Tensor:
-    """Rows to update, ascending.
+    """Rows to update, ascending (rules 3 and 4).
 
     A prompt's last token is appended whether it won or not, so that the length
     is known on the host; if it won it stands there twice, which changes nothing
