@@ -73,7 +73,7 @@ class OrthoRankConfig:
         return not self.remedy
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON types only: vLLM hashes its additional_config by `json.dumps`."""
+        """The configuration in JSON types: vLLM hashes its additional_config by `json.dumps`."""
         return {**asdict(self), "layers": list(self.layers)}
 
     @classmethod

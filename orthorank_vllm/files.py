@@ -7,7 +7,7 @@ from orthorank_vllm.options import OptionError
 
 
 def check_writable(path: Path) -> None:
-    """Before hours of work, not after.
+    """Check that a file can be written: before hours of work, not after.
 
     Raises:
         OptionError: a file could not be made there.

@@ -70,7 +70,7 @@ class Profile:
         return {name: getattr(self, name) for name in names}
 
     def describe(self, keep: float) -> str:
-        """For the start-up line of a server that runs with `keep`."""
+        """The profile, in the start-up line of a server that runs with `keep`."""
         other = f" (measured with keep {self.keep:.3f})" if abs(self.keep - keep) > 1e-3 else ""
         return f"profile {self.name}{other}"
 
@@ -197,7 +197,7 @@ def kept_profiles(cache_root: str | Path, sha256: str, keep: float, window: int)
 
 
 def shipped_profiles() -> Iterator[Profile]:
-    """Those in the package."""
+    """The profiles in the package."""
     folder = resources.files("orthorank_vllm") / "profile_data"
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if entry.name.endswith(".json"):
@@ -205,7 +205,7 @@ def shipped_profiles() -> Iterator[Profile]:
 
 
 def shipped_profile(model: Mapping[str, Any]) -> Profile | None:
-    """The one in the package that fits by shape, whatever weights it was measured on."""
+    """The profile in the package that fits by shape, whatever weights it was measured on."""
     return next((profile for profile in shipped_profiles() if profile.fits(model)), None)
 
 

@@ -78,7 +78,7 @@ class VarlenAttention:
         return self._queries.unpad(output)
 
     def write(self, attn: Any, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Nothing: K and V do not outlive the layer."""
+        """Write nothing: K and V do not outlive the layer."""
 
     def _mask(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """[texts, 1, longest part, longest text] bool, what each query sees."""

@@ -161,7 +161,7 @@ def measure(
 
 
 def default_output(calibration: Calibration) -> Path:
-    """In vLLM's cache, by the model's configuration, its weights and the rule.
+    """A place in vLLM's cache, by the model's configuration, its weights and the rule.
 
     Raises:
         OptionError: the weights have no fingerprint to find it by.

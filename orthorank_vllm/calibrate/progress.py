@@ -30,7 +30,7 @@ class TrialBar:
         self._describe()
 
     def update(self) -> None:
-        """To be called after each trial."""
+        """Move the bar; to be called after each trial."""
         left = _cost_left(self._choice, self._count, self._breadth)
         self._describe()
         self._bar.update(self._left - left)
@@ -56,7 +56,7 @@ class TrialBar:
 
 
 def _cost_left(choice: Choice, count: int, breadth: int | None) -> float:
-    """In passes through a layer, the logits counted as some; of steps to come, the average."""
+    """Passes through a layer that are left, the logits counted as some; of steps to come, a mean."""
     logits = 0.2 * choice.num_layers
     remaining = choice.remaining
     costs = {layer: choice.num_layers - layer + logits for layer in remaining}

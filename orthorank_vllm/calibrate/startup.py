@@ -207,7 +207,7 @@ def _out_of_time(
 
 
 def _store(profile: Profile, path: Path | None) -> str:
-    """What became of it, for the start-up line."""
+    """Keep a profile and say what became of it, for the start-up line."""
     if path is None:
         logger.warning(
             "OrthoRank does not keep what it measured, as weights of this --load-format have no "

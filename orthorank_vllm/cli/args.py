@@ -8,7 +8,7 @@ from orthorank_vllm.selection.method import Method
 
 
 def add_rule_arguments(group: Any) -> None:
-    """`--keep` and `--window`."""
+    """Add `--keep` and `--window`."""
     group.add_argument("--keep", default=KEEP.default, help=f"As {KEEP.flag} (default: 1/3).")
     group.add_argument(
         "--window", default=WINDOW.default, help=f"As {WINDOW.flag} (default: %(default)s)."
@@ -28,7 +28,7 @@ def rule_of(arguments: argparse.Namespace) -> Method:
 
 
 def add_breadth_argument(group: Any) -> None:
-    """`--breadth`."""
+    """Add `--breadth`."""
     group.add_argument(
         "--breadth",
         help="When layers are chosen, those to try in each step after the first: the ones that "

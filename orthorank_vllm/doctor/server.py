@@ -58,7 +58,7 @@ class Client:
 
 
 def checks(client: Client) -> Iterator[Check]:
-    """In an order in which the first failure is the cause of those after it."""
+    """All checks, in an order in which the first failure is the cause of those after it."""
     try:
         health, _ = client.get("/health")
         found, metrics = client.get("/metrics")

@@ -32,7 +32,7 @@ class OnItsWay:
         return self._copied is None or self._copied.query()
 
     def read(self) -> list[int]:
-        """Once it `has_come`."""
+        """The numbers, once they have come."""
         return self._on_host.tolist()
 
 
@@ -83,7 +83,7 @@ class StepCounter:
         selective: tuple[int, ...],
         seconds: Seconds,
     ) -> None:
-        """One step, after its forward.
+        """Count one step, after its forward.
 
         Args:
             batch: None in a step without prompt tokens.

@@ -103,14 +103,14 @@ class WorkerMetrics:
         self._counts.look_after()
 
     def count_step(self, path: str, seconds: float) -> None:
-        """Any step: the time of its forward."""
+        """Count any step: the time of its forward."""
         self._step_seconds[path].observe(seconds)
         self._counts.write()
 
     def count_prefill_step(
         self, path: str, prompt_tokens: int, seconds: float, plan_seconds: float
     ) -> None:
-        """A step with prompt tokens, beside `count_step`."""
+        """Count a step with prompt tokens, beside `count_step`."""
         self._prefill_tokens.add(prompt_tokens)
         self._step_tokens[path].add(prompt_tokens)
         self._prefill_seconds[path].add(seconds)
@@ -118,7 +118,7 @@ class WorkerMetrics:
         self._counts.write()
 
     def count_saved(self, flops: float, sink_hits: int, sink_misses: int) -> None:
-        """A sparse step, as far as the host knows it."""
+        """Count what a sparse step saved, as far as the host knows it."""
         self._flops_saved.add(flops)
         self._sink_hits.add(sink_hits)
         self._sink_misses.add(sink_misses)

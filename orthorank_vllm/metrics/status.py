@@ -63,13 +63,13 @@ class EngineStatus:
 
     @property
     def ratio_reached(self) -> float | None:
-        """None before the first prompt."""
+        """The ratio reached; None before the first prompt."""
         total = self.token_updates + self.token_updates_skipped
         return self.token_updates_skipped / total if total else None
 
 
 def as_json(engine: EngineStatus) -> dict[str, Any]:
-    """For `json.dumps`, the ratio reached with it."""
+    """A dictionary for `json.dumps`, the ratio reached with it."""
     return {**asdict(engine), "ratio_reached": engine.ratio_reached}
 
 

@@ -33,7 +33,7 @@ class TopK(Protocol):
 
     @classmethod
     def of_arrays(cls, plan: Plan, arrays: Sequence[torch.Tensor]) -> "TopK":
-        """Made of these arrays, once they are on the device."""
+        """A top-k of these arrays, once they are on the device."""
 
     def rows(
         self, residual: torch.Tensor, sink_rows: torch.Tensor, slots: torch.Tensor

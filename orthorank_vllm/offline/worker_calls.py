@@ -20,7 +20,7 @@ _Answer = TypeVar("_Answer")
 
 
 def _in_forward_context(function: Callable[..., _Answer]) -> Callable[..., _Answer]:
-    """As vLLM runs a model: experts are looked up in the context by their layer's name."""
+    """Run a call in the context in which vLLM runs a model: there experts are looked up by name."""
 
     @functools.wraps(function)
     def in_context(worker: Any, *args: Any) -> _Answer:
