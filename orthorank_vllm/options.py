@@ -98,10 +98,6 @@ def _integers(value: object) -> tuple[int, ...]:
     return tuple(_integer(item) for item in items)
 
 
-def _text(value: object) -> str:
-    return str(_of_type(value, str))
-
-
 RATIO = Option(
     "ratio",
     "Fraction of the prompt's token-layer updates to skip, from 0 to below 1 - keep. "
@@ -138,7 +134,7 @@ PROFILE = Option(
     "profile",
     "A file with the model's layers in the order in which to make them selective "
     "(default: one that `orthorank calibrate` made, or the shipped one).",
-    _text,
+    lambda value: _of_type(value, str),
     allowed="give the path of a profile file",
 )
 CALIBRATE_SECONDS = Option(
@@ -154,7 +150,7 @@ ATTENTION = Option(
     "attention",
     "How the selected tokens attend, for comparisons and as a way out: one of "
     f"{', '.join(ATTENTION_BACKENDS)} (default: auto).",
-    _text,
+    lambda value: _of_type(value, str),
     lambda name: name in ATTENTION_BACKENDS,
     f"give one of {', '.join(ATTENTION_BACKENDS)}",
     "auto",

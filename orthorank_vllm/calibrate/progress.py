@@ -56,7 +56,7 @@ class TrialBar:
 
 
 def _cost_left(choice: Choice, count: int, breadth: int | None) -> float:
-    """Passes through a layer that are left, the logits counted as some; of steps to come, a mean."""
+    """Passes through a layer that are left, the logits counted as some; a mean for later steps."""
     logits = 0.2 * choice.num_layers
     remaining = choice.remaining
     costs = {layer: choice.num_layers - layer + logits for layer in remaining}
