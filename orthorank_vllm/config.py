@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from orthorank_vllm.options import OptionError, Options, rejected
+from orthorank_vllm.options import LAYERS, PROFILE, RATIO, OptionError, Options
 from orthorank_vllm.profiles import (
     Profile,
     ProfileError,
@@ -73,7 +73,7 @@ class OrthoRankConfig:
         return not self.remedy
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON types only: vLLM hashes its additional_config by `json.dumps`."""
+        """The configuration in JSON types: vLLM hashes its additional_config by `json.dumps`."""
         return {**asdict(self), "layers": list(self.layers)}
 
     @classmethod
@@ -81,12 +81,12 @@ class OrthoRankConfig:
         return cls(**{**values, "layers": tuple(values["layers"])})
 
     def with_layers(self, layers: Sequence[int], source: str) -> "OrthoRankConfig":
-        """The same with its layers chosen."""
+        """A copy whose layers are chosen."""
         layers = tuple(sorted(layers))
         return replace(self, layers=layers, source=source, to_choose=0, calibrate_seconds=0.0)
 
     def with_profile(self, profile: Profile) -> "OrthoRankConfig":
-        """The same with the first layers of a profile, as many as are to be chosen."""
+        """A copy with the first layers of a profile, as many as are to be chosen."""
         chosen = self.with_layers(profile.order[: self.to_choose], profile.describe(self.keep))
         return replace(
             chosen,
@@ -95,7 +95,7 @@ class OrthoRankConfig:
         )
 
     def evenly_spaced(self, reason: str, remedy: str) -> "OrthoRankConfig":
-        """The same with layers that nothing was measured for.
+        """A copy with layers that nothing was measured for.
 
         Args:
             reason, remedy: why that is so, and what would help.
@@ -106,8 +106,7 @@ class OrthoRankConfig:
         assert self.ratio_asked is not None
         candidates = self.num_layers - UNMEASURED_DENSE_HEAD - UNMEASURED_DENSE_TAIL
         if self.to_choose > candidates:
-            raise rejected(
-                "ratio",
+            raise RATIO.rejected(
                 self.ratio_asked,
                 f"it needs {self.to_choose} selective layers, and of layers that are not measured "
                 f"({reason}) only {max(candidates, 0)} of this model's {self.num_layers} may be; "
@@ -179,7 +178,7 @@ def resolve(
         _check_layers(options, num_layers)
         return config.with_layers(options.layers, "--orthorank-layers")
     assert options.ratio is not None
-    count = selective_count("--orthorank-ratio", options.ratio, options.keep, num_layers)
+    count = selective_count(RATIO.flag, options.ratio, options.keep, num_layers)
     config = replace(config, to_choose=count)
     if options.profile is not None:
         return config.with_profile(_given_profile(options.profile, model, options.ratio, count))
@@ -195,7 +194,7 @@ def resolve(
     if options.calibrate_seconds:
         return config
     if shipped is not None:
-        raise rejected("ratio", options.ratio, _ranks_too_few(shipped, options.ratio, count))
+        raise RATIO.rejected(options.ratio, _ranks_too_few(shipped, options.ratio, count))
     return config.evenly_spaced(*CALIBRATION_OFF)
 
 
@@ -209,8 +208,10 @@ def selective_count(option: str, ratio: float, keep: float, num_layers: int) -> 
     count = math.floor(ratio * num_layers / (1 - keep) + 0.5 + 1e-9)
     if not 0 < count <= num_layers:
         raise OptionError(
-            f"{option} {ratio}: not allowed, it makes {count} of this model's {num_layers} layers "
-            f"selective; give {(1 - keep) / num_layers:.4g} to {1 - keep:.4g}"
+            option,
+            ratio,
+            f"it makes {count} of this model's {num_layers} layers selective; "
+            f"give {(1 - keep) / num_layers:.4g} to {1 - keep:.4g}",
         )
     return count
 
@@ -219,13 +220,12 @@ def _check_layers(options: Options, num_layers: int) -> None:
     assert options.layers is not None
     given = ",".join(map(str, options.layers))
     if max(options.layers) >= num_layers:
-        raise rejected("layers", given, f"this model has layers 0 to {num_layers - 1}")
+        raise LAYERS.rejected(given, f"this model has layers 0 to {num_layers - 1}")
     if options.ratio is not None:
         one_layer = (1 - options.keep) / num_layers
         reached = len(options.layers) * one_layer
         if abs(reached - options.ratio) > one_layer + 1e-9:
-            raise rejected(
-                "layers",
+            raise LAYERS.rejected(
                 given,
                 f"these {len(options.layers)} layers reach ratio {reached:.3f}, "
                 f"which does not agree with --orthorank-ratio {options.ratio:.4g}",
@@ -236,9 +236,9 @@ def _given_profile(path: str, model: Mapping[str, Any], ratio: float, count: int
     try:
         profile = read_profile_of(model, path)
     except ProfileError as error:
-        raise rejected("profile", path, str(error)) from None
+        raise PROFILE.rejected(path, str(error)) from None
     if count > len(profile.order):
-        raise rejected("profile", path, _ranks_too_few(profile, ratio, count))
+        raise PROFILE.rejected(path, _ranks_too_few(profile, ratio, count))
     return profile
 
 

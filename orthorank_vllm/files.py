@@ -7,7 +7,7 @@ from orthorank_vllm.options import OptionError
 
 
 def check_writable(path: Path) -> None:
-    """Before hours of work, not after.
+    """Check that a file can be written: before hours of work, not after.
 
     Raises:
         OptionError: a file could not be made there.
@@ -42,7 +42,8 @@ def write_whole(path: Path, content: str) -> None:
 
 
 def write_output(path: Path, content: str) -> None:
-    """
+    """Write a command's output whole or not at all.
+
     Raises:
         OptionError: the disk is full, say; what was there is untouched.
     """

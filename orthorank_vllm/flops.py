@@ -27,7 +27,8 @@ class Shapes:
 
     @classmethod
     def of(cls, config: Any) -> "Shapes":
-        """
+        """The shapes in a model's configuration.
+
         Args:
             config: the model's Hugging Face configuration.
         """
@@ -51,7 +52,7 @@ class Shapes:
         )
 
     def without(self, layers: int) -> "Shapes":
-        """The same model, pruned."""
+        """A pruned model's shapes."""
         return replace(self, layers=self.layers - layers)
 
     @property

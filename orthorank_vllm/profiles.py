@@ -70,7 +70,7 @@ class Profile:
         return {name: getattr(self, name) for name in names}
 
     def describe(self, keep: float) -> str:
-        """For the start-up line of a server that runs with `keep`."""
+        """The profile, in the start-up line of a server that runs with `keep`."""
         other = f" (measured with keep {self.keep:.3f})" if abs(self.keep - keep) > 1e-3 else ""
         return f"profile {self.name}{other}"
 
@@ -83,7 +83,8 @@ class Profile:
         return all(self.model[key] == model_shape.get(key) for key in SHAPE_KEYS)
 
     def check_fits(self, model_shape: Mapping[str, Any]) -> None:
-        """
+        """Check that a profile was measured on a model of this shape.
+
         Raises:
             ProfileError: it was measured on another model; names what differs.
         """
@@ -141,7 +142,8 @@ def config_hash(hf_config: Any) -> str:
 
 
 def read_profile(path: str | Path) -> Profile:
-    """
+    """Read and check a profile's file.
+
     Raises:
         ProfileError: missing, not JSON, or not a profile.
     """
@@ -155,7 +157,8 @@ def read_profile(path: str | Path) -> Profile:
 
 
 def read_profile_of(model: Mapping[str, Any], path: str | Path) -> Profile:
-    """
+    """Read a profile's file and check that it is the model's.
+
     Args:
         model: see `model_identity`.
 
@@ -194,7 +197,7 @@ def kept_profiles(cache_root: str | Path, sha256: str, keep: float, window: int)
 
 
 def shipped_profiles() -> Iterator[Profile]:
-    """Those in the package."""
+    """The profiles in the package."""
     folder = resources.files("orthorank_vllm") / "profile_data"
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if entry.name.endswith(".json"):
@@ -202,7 +205,7 @@ def shipped_profiles() -> Iterator[Profile]:
 
 
 def shipped_profile(model: Mapping[str, Any]) -> Profile | None:
-    """The one in the package that fits by shape, whatever weights it was measured on."""
+    """The profile in the package that fits by shape, whatever weights it was measured on."""
     return next((profile for profile in shipped_profiles() if profile.fits(model)), None)
 
 

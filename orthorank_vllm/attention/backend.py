@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from orthorank_vllm.options import rejected
+from orthorank_vllm.options import ATTENTION
 from orthorank_vllm.selection.plan import Batch, Ints
 
 # Keys of a batch's longest request from which our kernel is taken where both can serve. NOT
@@ -67,17 +67,19 @@ class AttentionBackend:
 
 
 def check_backend(asked: str, device: str) -> None:
-    """
+    """Check that a way of attending is one for this device.
+
     Raises:
         OptionError: this way of attending is not for this device.
     """
     ways = ("auto", *BACKENDS_OF_DEVICE[device])
     if asked not in ways:
-        raise rejected("attention", asked, f"on this device ({device}) give {', '.join(ways)}")
+        raise ATTENTION.rejected(asked, f"on this device ({device}) give {', '.join(ways)}")
 
 
 def choose_backend(asked: str, attention_layers: Sequence[Any], device: str) -> AttentionBackend:
-    """
+    """Choose how the layers attend: as asked, or what serves best here.
+
     Args:
         asked: one of `options.ATTENTION_BACKENDS`.
         attention_layers: vLLM's `Attention` layers of the model.
@@ -104,7 +106,7 @@ def choose_backend(asked: str, attention_layers: Sequence[Any], device: str) -> 
     reasons = (reason for attn in attention_layers if (reason := obstacle(attn)))
     reason = next(reasons, None)
     if reason is not None and asked == "triton":
-        raise rejected("attention", asked, f"it cannot serve {reason}; give auto or gather")
+        raise ATTENTION.rejected(asked, f"it cannot serve {reason}; give auto or gather")
     if reason is not None:
         return AttentionBackend(f"gather (triton cannot serve {reason})", gather)
 

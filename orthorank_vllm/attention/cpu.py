@@ -28,10 +28,11 @@ IN_BLOCKS = sdpa.is_faster_here()
 
 
 class CpuAttention:
-    """See `AttentionPlan`."""
+    """Attention by vLLM's CPU kernel, and by torch's for whole requests."""
 
     def __init__(self, batch: Batch, rows_per_request: Ints | None) -> None:
-        """
+        """Sort a forward's queries by the kernel that attends for them.
+
         Args:
             rows_per_request: [requests] how many queries each has, in batch order; None: all.
         """
@@ -59,7 +60,7 @@ class CpuAttention:
         rows: torch.Tensor | None,
         positions: torch.Tensor,
     ) -> torch.Tensor:
-        """See `AttentionPlan`."""
+        """Write K and V, then attend: whole requests by torch, the others run by run."""
         write_kv(attn, key, value)
         query = query.view(-1, attn.num_heads, attn.head_size)
         output = torch.empty_like(query)
@@ -87,7 +88,8 @@ class _Runs:
     """Queries as runs of neighbouring positions, each a sequence for vLLM's kernel."""
 
     def __init__(self, request: Ints) -> None:
-        """
+        """Keep where one request's queries end and the next one's begin.
+
         Args:
             request: [queries] the batch index of each one's request, ascending.
         """

@@ -26,4 +26,4 @@ class OneKeyAttention:
         return per_head.repeat_interleave(group, dim=1).flatten(1)
 
     def write(self, attn: Any, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Nothing: no later token sees these."""
+        """Write nothing: no later token sees these."""

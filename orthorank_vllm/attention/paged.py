@@ -43,7 +43,7 @@ def obstacle(attn: Any) -> str | None:
 
 
 class TritonAttention:
-    """See `AttentionPlan`.
+    """Attention by a Triton kernel that reads vLLM's pages of K and V.
 
     Attributes:
         has_run: whether the kernel has, and so is compiled, in this process.
@@ -52,7 +52,8 @@ class TritonAttention:
     has_run: ClassVar[bool] = False
 
     def __init__(self, batch: Batch, rows_per_request: Ints) -> None:
-        """
+        """Keep what a forward's layers share; tiles are made when one attends.
+
         Args:
             rows_per_request: [requests] how many queries each has, in batch order.
         """
@@ -71,7 +72,7 @@ class TritonAttention:
         rows: torch.Tensor | None,
         positions: torch.Tensor,
     ) -> torch.Tensor:
-        """See `AttentionPlan`."""
+        """Write K and V, then attend to the pages."""
         write_kv(attn, key, value)
         metadata, _, kv_cache, _ = get_attention_context(attn.layer_name)
         query = query.view(-1, attn.num_heads, attn.head_size)

@@ -45,7 +45,8 @@ class PagedCache:
 
 
 def queries_per_tile(group_size: int) -> int:
-    """
+    """How many queries one program takes, all heads of a KV head together.
+
     Args:
         group_size: query heads that share a KV head.
     """
@@ -86,7 +87,8 @@ def attend(
     window: int = 0,
     softcap: float = 0.0,
 ) -> torch.Tensor:
-    """
+    """Attend from queries at positions of their own to keys in vLLM's pages.
+
     Args:
         query: [queries, heads, head size], the last dimension dense.
         positions: [queries] int64; a query sees its request's keys up to and with its own position.

@@ -91,7 +91,7 @@ class WholeRequest:
 
 
 def whole_requests(batch: Batch, rows_per_request: Ints) -> list[WholeRequest]:
-    """Those of a batch that are worth it.
+    """The requests of a batch that torch's kernel is worth it for.
 
     Args:
         rows_per_request: [requests] how many queries each has.

@@ -13,7 +13,7 @@ from orthorank_vllm.attention.kv_cache import write_kv
 
 
 class GatherAttention:
-    """Of some rows, by attention of all."""
+    """Attention of some rows: vLLM's own for all of them, and theirs kept."""
 
     write = staticmethod(write_kv)
 
@@ -26,7 +26,7 @@ class GatherAttention:
         rows: torch.Tensor | None,
         positions: torch.Tensor,
     ) -> torch.Tensor:
-        """See `AttentionPlan`."""
+        """Attend with every row of the batch, and keep those that were asked for."""
         assert rows is not None
         everyone = query.new_zeros(len(key), query.shape[1])
         everyone.index_copy_(0, rows, query)
@@ -35,7 +35,7 @@ class GatherAttention:
 
 
 class StockAttention:
-    """Of every row."""
+    """Attention of every row, by vLLM's own."""
 
     write = staticmethod(write_kv)
 
@@ -48,6 +48,6 @@ class StockAttention:
         rows: torch.Tensor | None,
         positions: torch.Tensor,
     ) -> torch.Tensor:
-        """See `AttentionPlan`."""
+        """Attend as the stock layer does."""
         output: torch.Tensor = attn(query, key, value)
         return output

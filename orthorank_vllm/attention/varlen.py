@@ -44,7 +44,8 @@ class VarlenAttention:
     def __init__(
         self, texts: PackedTexts, rows_per_text: Ints | None = None, hides_others: bool = False
     ) -> None:
-        """
+        """Take the queries of every text, all of them or some.
+
         Args:
             rows_per_text: how many queries each text has; None: all.
             hides_others: whether rows without a query have no K and V, the first of a text apart.
@@ -77,7 +78,7 @@ class VarlenAttention:
         return self._queries.unpad(output)
 
     def write(self, attn: Any, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Nothing: K and V do not outlive the layer."""
+        """Write nothing: K and V do not outlive the layer."""
 
     def _mask(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """[texts, 1, longest part, longest text] bool, what each query sees."""

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from orthorank_vllm.bench.paired_stats import LEAST_PAIRS
 from orthorank_vllm.calibrate.text import BUILT_IN, Text, built_in_text, read_text
-from orthorank_vllm.cli.args import parse_count, parse_option
+from orthorank_vllm.cli.args import parse_count
 from orthorank_vllm.engine.flags import add_flags
 from orthorank_vllm.files import check_writable
-from orthorank_vllm.options import OPTION_NAMES, OptionError, flag_of, parse_ratio
+from orthorank_vllm.options import OFFLINE, RATIO, OptionError
 
 RIVALS = {
     "stock": "stock vLLM",
@@ -96,13 +96,13 @@ class BenchArgs:
             OptionError: the first option that cannot be.
         """
         flags, rule_flags = split_flags(arguments.argv, arguments.model_tag)
-        if flag_of("ratio") in rule_flags:
+        if RATIO.flag in rule_flags:
             raise OptionError(
-                f"{flag_of('ratio')}: not here, each server has its own ratio; give --ratios"
+                f"{RATIO.flag}: not here, each server has its own ratio; give --ratios"
             )
         args = cls(
             model=arguments.model,
-            ratios=[parse_option("--ratios", parse_ratio, r) for r in arguments.ratios.split(",")],
+            ratios=[RATIO.parse(r, "--ratios") for r in arguments.ratios.split(",")],
             lengths=_counts("--lengths", arguments.lengths),
             clients=_counts("--concurrency", arguments.concurrency),
             rivals=_rivals(arguments.against),
@@ -132,11 +132,11 @@ def split_flags(argv: list[str], model: str) -> tuple[list[str], list[str]]:
     _, others = own.parse_known_args(argv)
     others.remove(model)
     rule = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in OPTION_NAMES:
-        rule.add_argument(flag_of(name), dest=name)
+    for option in OFFLINE.values():
+        rule.add_argument(option.flag, dest=option.flag)
     given, common = rule.parse_known_args(others)
-    named = [(name, value) for name, value in vars(given).items() if value is not None]
-    return common, [part for name, value in named for part in (flag_of(name), value)]
+    named = [(flag, value) for flag, value in vars(given).items() if value is not None]
+    return common, [part for pair in named for part in pair]
 
 
 def _counts(name: str, value: str) -> list[int]:

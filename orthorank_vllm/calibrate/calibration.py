@@ -45,7 +45,8 @@ class Calibration:
         tokens: int = DEFAULT_TOKENS,
         length: int = DEFAULT_LENGTH,
     ) -> "Calibration":
-        """
+        """A calibration of one model on stretches of a text.
+
         Args:
             model_config: vLLM's `ModelConfig`.
 

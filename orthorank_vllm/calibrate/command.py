@@ -24,13 +24,12 @@ from orthorank_vllm.cli.args import (
     add_rule_arguments,
     breadth_of,
     parse_count,
-    parse_option,
     rule_of,
 )
 from orthorank_vllm.compat import cache_root
 from orthorank_vllm.config import selective_count
 from orthorank_vllm.files import check_writable
-from orthorank_vllm.options import OptionError, parse_ratio
+from orthorank_vllm.options import RATIO, OptionError
 from orthorank_vllm.profiles import Profile, cached_path, kept_folder
 from orthorank_vllm.selection.method import Method
 
@@ -68,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """
+    """Choose the layers and write their profile; returns the exit status.
+
     Raises:
         OptionError: see the options.
     """
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
 
     method = rule_of(arguments)
-    max_ratio = parse_option("--max-ratio", parse_ratio, arguments.max_ratio)
+    max_ratio = RATIO.parse(arguments.max_ratio, "--max-ratio")
     tokens = parse_count("--tokens", arguments.tokens, least=DEFAULT_LENGTH)
     breadth = breadth_of(arguments)
     text = read_text(arguments.data) if arguments.data else built_in_text()
@@ -160,7 +160,7 @@ def measure(
 
 
 def default_output(calibration: Calibration) -> Path:
-    """In vLLM's cache, by the model's configuration, its weights and the rule.
+    """A place in vLLM's cache, by the model's configuration, its weights and the rule.
 
     Raises:
         OptionError: the weights have no fingerprint to find it by.
@@ -181,7 +181,8 @@ def default_output(calibration: Calibration) -> Path:
 
 
 def write(profile: Profile, path: Path) -> None:
-    """
+    """Write a profile whole or not at all.
+
     Raises:
         OptionError: the disk is full, say; what was there is untouched.
     """

@@ -100,7 +100,7 @@ def choose_within(
     seconds: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """The same within a time: after the first step only the cheapest layers are tried again.
+    """Choose within a time: after the first step only the cheapest layers are tried again.
 
     As many of them as the time allows. Where it runs out, the layers that cost
     least when last tried are taken untried.

@@ -11,7 +11,8 @@ class TrialBar:
     """Counts what trials cost, so that the time left is right: a trial skips the layers below."""
 
     def __init__(self, choice: Choice, count: int, breadth: int | None = None) -> None:
-        """
+        """Show a choice of layers from where it stands.
+
         Args:
             choice: read at each update.
             count: layers to be chosen.
@@ -29,7 +30,7 @@ class TrialBar:
         self._describe()
 
     def update(self) -> None:
-        """To be called after each trial."""
+        """Move the bar; to be called after each trial."""
         left = _cost_left(self._choice, self._count, self._breadth)
         self._describe()
         self._bar.update(self._left - left)
@@ -55,7 +56,7 @@ class TrialBar:
 
 
 def _cost_left(choice: Choice, count: int, breadth: int | None) -> float:
-    """In passes through a layer, the logits counted as some; of steps to come, the average."""
+    """Passes through a layer that are left, the logits counted as some; a mean for later steps."""
     logits = 0.2 * choice.num_layers
     remaining = choice.remaining
     costs = {layer: choice.num_layers - layer + logits for layer in remaining}

@@ -132,7 +132,8 @@ def _calibrated(
     known: Profile | None,
     deadline: float,
 ) -> Profile:
-    """
+    """Choose a model's layers by measurement until a deadline.
+
     Raises:
         _Unmeasured: the time does not suffice, or the losses tell nothing.
     """
@@ -204,7 +205,7 @@ def _out_of_time(
 
 
 def _store(profile: Profile, path: Path | None) -> str:
-    """What became of it, for the start-up line."""
+    """Keep a profile and say what became of it, for the start-up line."""
     if path is None:
         logger.warning(
             "OrthoRank does not keep what it measured, as weights of this --load-format have no "

@@ -1,40 +1,34 @@
 """Options that several commands share, and how they are read."""
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
-from orthorank_vllm.options import (
-    DEFAULT_KEEP,
-    DEFAULT_WINDOW,
-    OptionError,
-    parse_keep,
-    parse_window,
-)
+from orthorank_vllm.options import KEEP, WINDOW, OptionError
 from orthorank_vllm.selection.method import Method
 
 
 def add_rule_arguments(group: Any) -> None:
-    """`--keep` and `--window`."""
-    group.add_argument("--keep", default=DEFAULT_KEEP, help="As --orthorank-keep (default: 1/3).")
+    """Add `--keep` and `--window`."""
+    group.add_argument("--keep", default=KEEP.default, help=f"As {KEEP.flag} (default: 1/3).")
     group.add_argument(
-        "--window", default=DEFAULT_WINDOW, help="As --orthorank-window (default: %(default)s)."
+        "--window", default=WINDOW.default, help=f"As {WINDOW.flag} (default: %(default)s)."
     )
 
 
 def rule_of(arguments: argparse.Namespace) -> Method:
-    """
+    """The selection rule with the options that `add_rule_arguments` added.
+
     Raises:
         OptionError: what `add_rule_arguments` added was given a value that cannot be.
     """
     return Method(
-        keep=parse_option("--keep", parse_keep, arguments.keep),
-        window=parse_option("--window", parse_window, arguments.window),
+        keep=KEEP.parse(arguments.keep, "--keep"),
+        window=WINDOW.parse(arguments.window, "--window"),
     )
 
 
 def add_breadth_argument(group: Any) -> None:
-    """`--breadth`."""
+    """Add `--breadth`."""
     group.add_argument(
         "--breadth",
         help="When layers are chosen, those to try in each step after the first: the ones that "
@@ -44,7 +38,8 @@ def add_breadth_argument(group: Any) -> None:
 
 
 def breadth_of(arguments: argparse.Namespace) -> int | None:
-    """
+    """How many layers a step tries; None for all.
+
     Raises:
         OptionError: it cannot be.
     """
@@ -53,21 +48,13 @@ def breadth_of(arguments: argparse.Namespace) -> int | None:
     return parse_count("--breadth", arguments.breadth, least=1)
 
 
-def parse_option(name: str, parse: Callable[[object], Any], value: object) -> Any:
-    """One of `options`' parsers, with this command's name of the option in its message."""
-    try:
-        return parse(value)
-    except OptionError as error:
-        message = str(error).partition(" ")[2]
-        raise OptionError(f"{name} {message}") from None
-
-
 def parse_count(name: str, value: object, least: int) -> int:
-    """
+    """A whole number that is not below the least.
+
     Raises:
         OptionError: not a whole number, or too small.
     """
     number = int(str(value)) if str(value).isdecimal() else 0
     if number < least:
-        raise OptionError(f"{name} {value}: not allowed, give a whole number from {least}")
+        raise OptionError(name, value, f"give a whole number from {least}")
     return number

@@ -10,7 +10,8 @@ FAILED = "FAILED"
 
 @dataclass(frozen=True)
 class Check:
-    """
+    """What was looked at, and what was found.
+
     Attributes:
         what: was looked at.
         state: OK, WARNING or FAILED.
@@ -25,22 +26,22 @@ class Check:
 
 
 def ok(what: str, found: str) -> Check:
-    """Nothing to do."""
+    """A check with nothing to mend."""
     return Check(what, OK, found)
 
 
 def warning(what: str, found: str, mend: str) -> Check:
-    """It works, but not as well as it could or as was asked for."""
+    """A check of what works, but not as well as it could or as was asked for."""
     return Check(what, WARNING, found, mend)
 
 
 def failed(what: str, found: str, mend: str) -> Check:
-    """OrthoRank does not run, or would not."""
+    """A check of what keeps OrthoRank from running."""
     return Check(what, FAILED, found, mend)
 
 
 def lines_of(checks: Iterable[Check]) -> list[str]:
-    """For people: one line for each check."""
+    """Checks for people: one line for each."""
     checks = list(checks)
     width = max(len(check.what) for check in checks)
     return [

@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """
+    """Print what was found; returns the exit status, 1 where something failed.
+
     Raises:
         OptionError: the URL is none.
     """

@@ -17,7 +17,7 @@ PLUGIN = "vllm.general_plugins", "orthorank"
 
 
 def checks() -> Iterator[Check]:
-    """In an order in which the first failure is the cause of those after it."""
+    """All checks, in an order in which the first failure is the cause of those after it."""
     yield ok("orthorank-vllm", f"{__version__}, Python {platform.python_version()}")
     found = _vllm()
     yield found

@@ -25,7 +25,8 @@ class Client:
     """Asks one server."""
 
     def __init__(self, url: str, api_key: str | None) -> None:
-        """
+        """Take the address of a running server, and its key.
+
         Args:
             url: where the server answers; the `/v1` of its API may stand at its end.
 
@@ -57,7 +58,7 @@ class Client:
 
 
 def checks(client: Client) -> Iterator[Check]:
-    """In an order in which the first failure is the cause of those after it."""
+    """All checks, in an order in which the first failure is the cause of those after it."""
     try:
         health, _ = client.get("/health")
         found, metrics = client.get("/metrics")

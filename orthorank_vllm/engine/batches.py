@@ -24,7 +24,8 @@ class RequestFacts:
         self.wants_prompt: npt.NDArray[np.bool_] = np.zeros(slots, dtype=np.bool_)
 
     def add(self, slot: int, request: Any) -> None:
-        """
+        """Note the prompt of a request that begins.
+
         Args:
             request: vLLM's `NewRequestData`; after a preemption it comes again.
         """

@@ -10,7 +10,7 @@ from orthorank_vllm.engine.unsupported import check_supported
 from orthorank_vllm.metrics.collector import FOLDER_VARIABLE, prepare_server
 from orthorank_vllm.model.architectures import hf_overrides_for
 from orthorank_vllm.model.fingerprint import loads_weights
-from orthorank_vllm.options import Options, rejected
+from orthorank_vllm.options import RATIO, Options
 from orthorank_vllm.profiles import kept_profiles, model_identity
 
 RAY_VARIABLES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
@@ -68,8 +68,7 @@ def options_in(additional_config: Any) -> Any:
 
 def _check_can_calibrate(model_config: Any, options: Options) -> None:
     if model_config.skip_tokenizer_init:
-        raise rejected(
-            "ratio",
+        raise RATIO.rejected(
             options.ratio,
             "with --skip-tokenizer-init this model's layers cannot be chosen at its first start, "
             "which takes its tokenizer; give --orthorank-profile or --orthorank-layers, or let "

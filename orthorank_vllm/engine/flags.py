@@ -5,22 +5,7 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
-from orthorank_vllm.options import (
-    ATTENTION_BACKENDS,
-    DEFAULT_CALIBRATE_SECONDS,
-    DEFAULT_WINDOW,
-    OPTION_NAMES,
-    OptionError,
-    checked_mapping,
-    flag_of,
-    parse_attention,
-    parse_calibrate_seconds,
-    parse_keep,
-    parse_layers,
-    parse_profile,
-    parse_ratio,
-    parse_window,
-)
+from orthorank_vllm.options import ENDPOINT, OFFLINE, Option, OptionError, checked_mapping
 
 STATUS_ROUTE = "orthorank_vllm.engine.endpoint.StatusRoute"
 
@@ -35,7 +20,7 @@ class FromCommandLine(dict[str, Any]):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the group of options to vLLM's parser; a second call changes nothing."""
-    if "--orthorank-ratio" in parser._option_string_actions:
+    if ENDPOINT.flag in parser._option_string_actions:
         return
     group = parser.add_argument_group(
         title="OrthoRank",
@@ -43,61 +28,30 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "the first token are computed. Decode is not changed.",
     )
 
-    def add_flag(name: str, parse: Callable[[object], Any], text: str) -> None:
+    for option in OFFLINE.values():
         group.add_argument(
-            flag_of(name), type=_type(name, parse), default=argparse.SUPPRESS, help=text
+            option.flag, type=_type(option), default=argparse.SUPPRESS, help=option.help
         )
-
-    add_flag(
-        "ratio",
-        parse_ratio,
-        "Fraction of the prompt's token-layer updates to skip, from 0 to below 1 - keep. "
-        "0 or absent: stock vLLM.",
-    )
-    add_flag(
-        "keep",
-        parse_keep,
-        "Fraction of the tokens that a selective layer updates (default: 1/3).",
-    )
-    add_flag(
-        "window",
-        parse_window,
-        "Prompt positions that compete with each other; 0 is the whole prompt "
-        f"(default: {DEFAULT_WINDOW}).",
-    )
-    add_flag(
-        "layers",
-        parse_layers,
-        "The selective layers, such as 7,26,14 (default: from the model's profile).",
-    )
-    add_flag(
-        "profile",
-        parse_profile,
-        "A file with the model's layers in the order in which to make them selective "
-        "(default: one that `orthorank calibrate` made, or the shipped one).",
-    )
-    add_flag(
-        "calibrate_seconds",
-        parse_calibrate_seconds,
-        "Where the model has no profile: time to choose its layers by measurement when it is "
-        "first started; 0 takes evenly spaced ones "
-        f"(default: {DEFAULT_CALIBRATE_SECONDS:g}).",
-    )
-    add_flag(
-        "attention",
-        parse_attention,
-        f"How the selected tokens attend, for comparisons and as a way out: one of "
-        f"{', '.join(ATTENTION_BACKENDS)} (default: auto).",
-    )
     # vLLM's own interface for what a server is to do beside its routes.
     group.add_argument(
-        "--orthorank-endpoint",
+        ENDPOINT.flag,
         dest="middleware",
         action="append_const",
         const=STATUS_ROUTE,
         default=argparse.SUPPRESS,
-        help="Let the server answer GET /orthorank: what it runs and has counted, as JSON.",
+        help=ENDPOINT.help,
     )
+
+
+def _type(option: Option) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            return option.parse(text)
+        except OptionError as error:
+            # argparse names the option itself.
+            raise argparse.ArgumentTypeError(error.of_value) from None
+
+    return convert
 
 
 def with_flags(additional_config: Any, args: argparse.Namespace) -> Any:
@@ -110,14 +64,14 @@ def with_flags(additional_config: Any, args: argparse.Namespace) -> Any:
     Raises:
         OptionError: there is no place for the options in `additional_config`.
     """
-    flags = {name: getattr(args, f"orthorank_{name}", None) for name in OPTION_NAMES}
+    flags = {name: getattr(args, f"orthorank_{name}", None) for name in OFFLINE}
     flags = {name: value for name, value in flags.items() if value is not None}
     if not isinstance(additional_config, dict):
         if not flags:
             return additional_config
         raise OptionError(
             f"--additional-config {' '.join(str(additional_config).split())}: not allowed beside "
-            f"{flag_of(next(iter(flags)))}, give a JSON object"
+            f"{OFFLINE[next(iter(flags))].flag}, give a JSON object"
         )
     if not flags and "orthorank" not in additional_config:
         return additional_config
@@ -141,15 +95,3 @@ def joined_lists(words: Sequence[str]) -> list[str]:
             word = "=".join([word, *([",".join(values)] if values else [])])
         joined.append(word)
     return joined
-
-
-def _type(name: str, parse: Callable[[object], Any]) -> Callable[[str], Any]:
-    def convert(text: str) -> Any:
-        try:
-            return parse(text)
-        except OptionError as error:
-            # argparse names the option itself.
-            message = str(error).removeprefix(f"{flag_of(name)} ")
-            raise argparse.ArgumentTypeError(message) from None
-
-    return convert

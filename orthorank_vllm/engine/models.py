@@ -61,7 +61,7 @@ class OrthoRankForCausalLM(MeasuredForCausalLM):
 
     @staticmethod
     def get_model_state_cls() -> type:
-        """Asked for by Model Runner V2 (vllm/v1/worker/gpu/model_states/__init__.py)."""
+        """The class that Model Runner V2 asks for (vllm/v1/worker/gpu/model_states/__init__.py)."""
         # Its modules need Triton and a driver, which a CPU lacks.
         from orthorank_vllm.engine.runner_v2 import OrthoRankModelState
 

@@ -38,7 +38,8 @@ class OrthoRank:
     """
 
     def __init__(self, vllm_config: Any, model: Any) -> None:
-        """
+        """Take a model's layers apart, with what its options make of them.
+
         Args:
             model: see `Decoder`.
 

@@ -32,7 +32,7 @@ class OnItsWay:
         return self._copied is None or self._copied.query()
 
     def read(self) -> list[int]:
-        """Once it `has_come`."""
+        """The numbers, once they have come."""
         return self._on_host.tolist()
 
 
@@ -54,7 +54,8 @@ class StepCounter:
     def __init__(
         self, metrics: WorkerMetrics, shapes: Shapes, is_first_stage: bool, last_layer: int | None
     ) -> None:
-        """
+        """Count for one stage of the model.
+
         Args:
             is_first_stage: whether steps, prompt tokens and sinks are counted here.
             last_layer: the model's, if it is in this stage.
@@ -82,7 +83,7 @@ class StepCounter:
         selective: tuple[int, ...],
         seconds: Seconds,
     ) -> None:
-        """One step, after its forward.
+        """Count one step, after its forward.
 
         Args:
             batch: None in a step without prompt tokens.

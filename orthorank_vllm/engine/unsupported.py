@@ -72,7 +72,7 @@ def _kv_cache_dtype(vllm_config: Any) -> object:
 
 
 def _model_setting(name: str) -> Callable[[Any], object]:
-    """Of the model's own configuration; None if it is not there."""
+    """A reader of the model's own configuration, of None where it has no such setting."""
     return lambda vllm_config: getattr(vllm_config.model_config.hf_text_config, name, None)
 
 
@@ -236,7 +236,8 @@ def _environment_flag(name: str) -> str | None:
 
 
 def check_supported(vllm_config: Any) -> None:
-    """
+    """Refuse an engine with a feature that sparse prefill cannot be right with.
+
     Raises:
         OptionError: names the first feature that is in the way, and why.
     """

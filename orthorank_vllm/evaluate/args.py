@@ -11,13 +11,12 @@ from orthorank_vllm.cli.args import (
     add_rule_arguments,
     breadth_of,
     parse_count,
-    parse_option,
     rule_of,
 )
 from orthorank_vllm.evaluate.methods import METHODS
 from orthorank_vllm.evaluate.tasks import TaskFile, read_task
 from orthorank_vllm.files import check_writable
-from orthorank_vllm.options import OptionError, parse_ratio
+from orthorank_vllm.options import RATIO, OptionError
 from orthorank_vllm.selection.method import Method
 
 DEFAULT_RATIOS = "0,0.1,0.2,0.3"
@@ -103,7 +102,7 @@ class EvaluateArgs:
         given = arguments.calibration_data
         args = cls(
             text=read_text(arguments.data),
-            ratios=[parse_option("--ratios", parse_ratio, r) for r in arguments.ratios.split(",")],
+            ratios=[RATIO.parse(r, "--ratios") for r in arguments.ratios.split(",")],
             methods=["orthorank", *_parse_methods(arguments.against)],
             method=rule_of(arguments),
             length=parse_count("--length", arguments.length, least=2),

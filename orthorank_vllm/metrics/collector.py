@@ -41,7 +41,7 @@ class FolderCollector:
         self._complaints = Complaints()
 
     def describe(self) -> list[Metric]:
-        """Nothing: else the registry would collect before there is anything."""
+        """Describe nothing: else the registry would collect before there is anything."""
         return []
 
     def collect(self) -> list[Metric]:

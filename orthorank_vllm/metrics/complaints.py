@@ -18,7 +18,8 @@ class Complaints:
         self._told: dict[str, float] = {}
 
     def warn(self, cause: str, text: str, *values: object) -> None:
-        """
+        """Log a warning, once in a while for one cause.
+
         Args:
             cause: what is the same each time.
             text, values: as `logging` takes them.

@@ -31,7 +31,8 @@ class UnreadableError(ValueError):
 
 @dataclass(frozen=True)
 class Series:
-    """
+    """One metric with its labels, as the numbers that it takes in a file.
+
     Attributes:
         bounds: of a histogram's buckets, ascending; above the last one there is one more.
     """

@@ -199,7 +199,8 @@ class Histogram:
     def __init__(
         self, counts: Counts, name: str, labels: Mapping[str, str], bounds: Sequence[float]
     ) -> None:
-        """
+        """Add a histogram's numbers to the file.
+
         Args:
             bounds: ascending; above the last one there is one more bucket.
         """

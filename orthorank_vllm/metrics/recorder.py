@@ -19,7 +19,8 @@ class WorkerMetrics:
     """Counts of one engine, written by the worker that speaks for it."""
 
     def __init__(self, labels: Mapping[str, str], layers: Iterable[int]) -> None:
-        """
+        """Open this worker's file among the server's metrics.
+
         Args:
             labels: of every metric.
             layers: those that are counted here.
@@ -102,14 +103,14 @@ class WorkerMetrics:
         self._counts.look_after()
 
     def count_step(self, path: str, seconds: float) -> None:
-        """Any step: the time of its forward."""
+        """Count any step: the time of its forward."""
         self._step_seconds[path].observe(seconds)
         self._counts.write()
 
     def count_prefill_step(
         self, path: str, prompt_tokens: int, seconds: float, plan_seconds: float
     ) -> None:
-        """A step with prompt tokens, beside `count_step`."""
+        """Count a step with prompt tokens, beside `count_step`."""
         self._prefill_tokens.add(prompt_tokens)
         self._step_tokens[path].add(prompt_tokens)
         self._prefill_seconds[path].add(seconds)
@@ -117,14 +118,15 @@ class WorkerMetrics:
         self._counts.write()
 
     def count_saved(self, flops: float, sink_hits: int, sink_misses: int) -> None:
-        """A sparse step, as far as the host knows it."""
+        """Count what a sparse step saved, as far as the host knows it."""
         self._flops_saved.add(flops)
         self._sink_hits.add(sink_hits)
         self._sink_misses.add(sink_misses)
         self._counts.write()
 
     def count_updates(self, prompt_tokens: int, skipped: Mapping[int, int]) -> None:
-        """
+        """Count a step's token updates, done and skipped.
+
         Args:
             skipped: token updates, by layer; 0 in the others.
         """

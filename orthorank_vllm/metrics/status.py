@@ -63,13 +63,13 @@ class EngineStatus:
 
     @property
     def ratio_reached(self) -> float | None:
-        """None before the first prompt."""
+        """The ratio reached; None before the first prompt."""
         total = self.token_updates + self.token_updates_skipped
         return self.token_updates_skipped / total if total else None
 
 
 def as_json(engine: EngineStatus) -> dict[str, Any]:
-    """For `json.dumps`, the ratio reached with it."""
+    """A dictionary for `json.dumps`, the ratio reached with it."""
     return {**asdict(engine), "ratio_reached": engine.ratio_reached}
 
 
@@ -88,7 +88,8 @@ def is_up(metrics: Iterable[Metric]) -> bool:
 
 
 def engines_of(metrics: Iterable[Metric]) -> list[EngineStatus]:
-    """
+    """What each engine runs and has counted, out of its metrics.
+
     Args:
         metrics: collected by prometheus-client, or parsed from `/metrics`; all that are not
             OrthoRank's counts are passed over.

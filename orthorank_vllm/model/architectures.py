@@ -47,7 +47,8 @@ class SwapArchitecture:
 def orthorank_architectures(
     architectures: list[str], names: Mapping[str, str] = ORTHORANK_OF
 ) -> list[str]:
-    """
+    """Our name for the first of a model's architectures that has one, as a list.
+
     Args:
         names: our names of the architectures.
 

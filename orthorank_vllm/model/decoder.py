@@ -52,7 +52,8 @@ class DecoderLayer:
 
     @classmethod
     def of(cls, layer: Any) -> "DecoderLayer":
-        """
+        """The parts of one of vLLM's layers.
+
         Raises:
             OptionError: it is not made of these parts.
         """
@@ -151,7 +152,8 @@ class Decoder:
     """
 
     def __init__(self, model: Any) -> None:
-        """
+        """Take apart the layers of this stage.
+
         Args:
             model: vLLM's `LlamaModel` or one with the same parts
                 (vllm/model_executor/models/llama.py).

@@ -31,7 +31,7 @@ def loads_weights(load_config: Any) -> bool:
 
 
 class Fingerprint:
-    """Of the weights that one model was handed so far; those handed later replace their like."""
+    """What tells one model's weights from others; those handed later replace their like."""
 
     def __init__(self) -> None:
         self._of_tensor: dict[str, bytes] = {}
@@ -40,7 +40,7 @@ class Fingerprint:
     def noting(
         self, weights: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same weights, each noted as it passes."""
+        """Pass weights on, each noted."""
         for name, tensor in weights:
             if type(tensor) in (torch.Tensor, torch.nn.Parameter):
                 self._of_tensor[name] = _digest(name, tensor)

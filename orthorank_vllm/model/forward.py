@@ -32,7 +32,7 @@ class TopK(Protocol):
 
     @classmethod
     def of_arrays(cls, plan: Plan, arrays: Sequence[torch.Tensor]) -> "TopK":
-        """Of these, once they are there."""
+        """A top-k of these arrays, once they are on the device."""
 
     def rows(
         self, residual: torch.Tensor, sink_rows: torch.Tensor, slots: torch.Tensor

@@ -34,7 +34,7 @@ class FusedWeight:
 
     @classmethod
     def of(cls, attn: Any) -> "FusedWeight | None":
-        """Of `attn.qkv_proj`, loaded and not yet packed; None if it has to stay whole."""
+        """A layer's `attn.qkv_proj`, not yet packed; None if it has to stay whole."""
         fused = attn.qkv_proj
         weight = getattr(fused, "weight", None)
         if (
@@ -67,7 +67,7 @@ class SlicedWeight:
 
     @classmethod
     def of(cls, attn: Any) -> "SlicedWeight | None":
-        """Of `attn.qkv_proj`; None if it has to stay whole, or is not on a GPU."""
+        """The cut of `attn.qkv_proj`; None if it has to stay whole, or is not on a GPU."""
         weight = getattr(attn.qkv_proj, "weight", None)
         is_plain = type(attn.qkv_proj.quant_method) is UnquantizedLinearMethod
         if not is_plain or weight is None or weight.device.type != "cuda" or weight.ndim != 2:
@@ -75,11 +75,11 @@ class SlicedWeight:
         return cls(attn)
 
     def query(self, rows: torch.Tensor) -> torch.Tensor:
-        """See `SplitWeight`."""
+        """[rows, heads x head size] of [rows, hidden], by the first rows of the weight."""
         return self._linear(rows, slice(None, self._query_rows))
 
     def key_value(self, rows: torch.Tensor) -> torch.Tensor:
-        """See `SplitWeight`."""
+        """[rows, 2 x kv heads x head size] of [rows, hidden], by the others."""
         return self._linear(rows, slice(self._query_rows, None))
 
     def _linear(self, rows: torch.Tensor, part: slice) -> torch.Tensor:

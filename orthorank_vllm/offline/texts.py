@@ -27,7 +27,7 @@ LOGIT_ROWS = 64
 
 @dataclass(frozen=True)
 class TextScore:
-    """Of one text's scored tokens: their log-probability, and whether each was the likeliest."""
+    """One text's scored tokens: their log-probability, and whether each was the likeliest."""
 
     log_prob: float
     is_greedy: bool

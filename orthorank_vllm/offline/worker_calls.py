@@ -20,7 +20,7 @@ _Answer = TypeVar("_Answer")
 
 
 def _in_forward_context(function: Callable[..., _Answer]) -> Callable[..., _Answer]:
-    """As vLLM runs a model: experts are looked up in the context by their layer's name."""
+    """Run a call in the context in which vLLM runs a model: there experts are looked up by name."""
 
     @functools.wraps(function)
     def in_context(worker: Any, *args: Any) -> _Answer:
@@ -83,7 +83,7 @@ def start_step(worker: Any, chosen: Sequence[int]) -> None:
 
 @_in_forward_context
 def loss_with(worker: Any, layer: int | None) -> float | None:
-    """See `_Step.loss_with`."""
+    """Mean loss of the step under way with one more layer chosen, in nats per token."""
     loss: float | None = worker.orthorank_step.loss_with(layer)
     return loss
 
@@ -96,7 +96,7 @@ def score_texts(
     chosen: Sequence[int],
     method: Method,
 ) -> list[TextScore] | None:
-    """See `Forward.log_probs`."""
+    """Score each text's tokens from a position on; None where a worker has no logits."""
     model = worker.get_model()
     forward = Forward(model, texts, method)
     residual = forward.through(forward.embed(), range(len(model.model.layers)), frozenset(chosen))
@@ -118,7 +118,7 @@ def cosines_to_sink(worker: Any, text: Sequence[int]) -> list[list[float]]:
 
 
 def fingerprint(worker: Any) -> str | None:
-    """See `Fingerprint.value`."""
+    """The fingerprint of a worker's weights, None where it has none."""
     value: str | None = worker.get_model().fingerprint.value
     return value
 

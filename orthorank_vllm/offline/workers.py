@@ -21,7 +21,8 @@ class Workers:
     """An executor's workers, called together; each call answers with the first one's answer."""
 
     def __init__(self, executor: Any) -> None:
-        """
+        """Call a loaded model's workers.
+
         Args:
             executor: vLLM's `Executor` (vllm/v1/executor/abstract.py), its model loaded.
         """

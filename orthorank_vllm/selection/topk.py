@@ -39,7 +39,8 @@ class SegmentedTopK:
 
     @classmethod
     def of_arrays(cls, plan: Plan, arrays: Sequence[torch.Tensor]) -> "SegmentedTopK":
-        """
+        """What is needed of a plan, on the device.
+
         Args:
             arrays: those of `arrays_of`, on the device.
         """
@@ -66,7 +67,7 @@ class SegmentedTopK:
 
 
 def score(residual: torch.Tensor, sinks: torch.Tensor, top_k: SegmentedTopK) -> torch.Tensor:
-    """`|cos|` between each candidate and its request's sink, times the length of that sink.
+    """`|cos|` of each candidate to its request's sink, times that sink's length (rules 1 and 2).
 
     Lower is more important. The length is the same for all that compete with each other.
 
@@ -88,7 +89,7 @@ def score(residual: torch.Tensor, sinks: torch.Tensor, top_k: SegmentedTopK) -> 
 
 
 def select(scores: torch.Tensor, top_k: SegmentedTopK) -> torch.Tensor:
-    """Rows to update, ascending.
+    """Rows to update, ascending (rules 3 and 4).
 
     A prompt's last token is appended whether it won or not, so that the length
     is known on the host; if it won it stands there twice, which changes nothing
@@ -105,7 +106,7 @@ def select(scores: torch.Tensor, top_k: SegmentedTopK) -> torch.Tensor:
 
 
 def select_by_torch(scores: torch.Tensor, top_k: SegmentedTopK) -> torch.Tensor:
-    """See `select`; on any device."""
+    """Select by torch, on any device (rules 3 and 4)."""
     # Floats that are not negative are ordered like their bits, and leave the sign bit free.
     by_segment_and_score = (top_k.rank | scores.view(torch.int32)).argsort(stable=True)
     chosen = by_segment_and_score.index_select(0, top_k.top_k_slots)
@@ -114,7 +115,7 @@ def select_by_torch(scores: torch.Tensor, top_k: SegmentedTopK) -> torch.Tensor:
 
 
 def select_by_numpy(scores: torch.Tensor, top_k: SegmentedTopK) -> torch.Tensor:
-    """See `select`; on CPU, in the same steps."""
+    """Select by numpy, on CPU, in the steps of `select_by_torch` (rules 3 and 4)."""
     rank, candidates = top_k.rank.numpy(), top_k.candidates.numpy()
     by_segment_and_score = (rank | scores.numpy().view(np.int32)).argsort(kind="stable")
     chosen = candidates[by_segment_and_score[top_k.top_k_slots.numpy()]]

@@ -59,7 +59,8 @@ class SegmentedTopKTriton:
 
     @classmethod
     def of_arrays(cls, plan: Plan, arrays: Sequence[torch.Tensor]) -> "SegmentedTopKTriton":
-        """
+        """What is needed of a plan, on the device.
+
         Args:
             arrays: those of `arrays_of`, on the device.
         """
@@ -69,7 +70,7 @@ class SegmentedTopKTriton:
     def rows(
         self, residual: torch.Tensor, sink_rows: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor:
-        """See `SegmentedTopK.rows`."""
+        """Rows to update, ascending, by two kernels (rules 1 to 4)."""
         candidates = len(self.candidates)
         scores = torch.empty(candidates, dtype=torch.float32, device=residual.device)
         _score[(triton.cdiv(candidates, SCORE_ROWS),)](
