@@ -43,6 +43,7 @@ def largest_difference(device: str, dtype: torch.dtype) -> float:
     ).transpose(0, 1)
 
     pages = both.view(-1, PAGE, KV_HEADS, 2 * HEAD_SIZE).flip(0).to(device)
+    key_pages, value_pages = pages.split(HEAD_SIZE, dim=-1)
     table = torch.arange(len(pages) - 1, -1, -1, dtype=torch.int32, device=device)[None]
     tiles = make_tiles(
         np.array([len(positions)]),
@@ -54,7 +55,7 @@ def largest_difference(device: str, dtype: torch.dtype) -> float:
         query.to(device),
         positions.to(device),
         torch.from_numpy(tiles).to(device),
-        PagedCache(*pages.split(HEAD_SIZE, dim=-1), table),
+        PagedCache(key_pages, value_pages, table),
         HEAD_SIZE**-0.5,
         0,
         0.0,

@@ -5,7 +5,7 @@ import pytest
 from orthorank_vllm.doctor.check import OK
 from orthorank_vllm.doctor.kernel import check_kernel
 from tests.support.paged_cases import ON_A_GPU, TOLERANCES, run
-from tests.support.selection_cases import differing, share_that_differs
+from tests.support.selection_cases import share_that_differs
 
 pytestmark = pytest.mark.gpu
 
