@@ -20,7 +20,6 @@ COMMANDS = {
     "evaluate": ("orthorank_vllm.evaluate.command", "measure what a ratio costs in quality"),
     "bench": ("orthorank_vllm.bench.command", "measure what a ratio gains in speed"),
     "doctor": ("orthorank_vllm.doctor.command", "check this installation, or a running server"),
-    "device-check": ("orthorank_vllm.device_check.command", "check this machine's GPU"),
 }
 INTERRUPTED = 128 + signal.SIGINT
 

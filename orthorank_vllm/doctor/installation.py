@@ -32,6 +32,7 @@ def checks() -> Iterator[Check]:
         yield _hooks()
         yield _endpoint()
         yield _device()
+        yield from _kernel()
         yield _cache()
     yield _profiles()
 
@@ -142,6 +143,15 @@ def _device() -> Check:
             f"Install vLLM for CPU anew ({INSTALL})",
         )
     return ok("device", f"cpu, vLLM's kernels load, {torch.get_num_threads()} threads")
+
+
+def _kernel() -> Iterator[Check]:
+    from vllm.platforms import current_platform
+
+    if current_platform.device_type == "cuda":
+        from orthorank_vllm.doctor.kernel import check_kernel
+
+        yield check_kernel()
 
 
 def _cache() -> Check:

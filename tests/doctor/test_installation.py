@@ -33,6 +33,7 @@ def test_this_installation_is_well(
     assert set(TESTED) < {what.removesuffix(" version") for what in checks}
     assert "SmolLM2-135M-Instruct" in checks["shipped profiles"]["found"]
     assert checks["GET /orthorank"]["found"] == "loads where --orthorank-endpoint asks for it"
+    assert ("attention kernel" in checks) == checks["device"]["found"].startswith("cuda")
 
 
 def test_there_is_one_line_for_each_check(capsys: pytest.CaptureFixture[str]) -> None:
