@@ -18,26 +18,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
 
 from orthorank_vllm import __version__
 from orthorank_vllm.bench.args import BenchArgs, add_arguments
 from orthorank_vllm.bench.paired_stats import Round, measure_rounds
-from orthorank_vllm.bench.prompts import Prompt, Prompts
 from orthorank_vllm.bench.pruned_checkpoint import write_pruned
 from orthorank_vllm.bench.report import OURS, Comparison, Results, plot, table
 from orthorank_vllm.bench.servers import Server, ServerError, get, memory_of, running
-from orthorank_vllm.bench.workloads import Workload, plan_workloads
+from orthorank_vllm.bench.workloads import Prompt, Prompts, Workload, plan_workloads
 from orthorank_vllm.config import selective_count
 from orthorank_vllm.files import write_output
 from orthorank_vllm.flops import Shapes
+from orthorank_vllm.metrics.status import engines_of
 from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_WINDOW, OptionError
 from orthorank_vllm.selection.method import Method
 
 __all__ = ["add_arguments", "run"]
 
-UPDATES = "orthorank_token_updates_total"
-SKIPPED = "orthorank_token_updates_skipped_total"
 WARM_UPS = 2
 MIN_MODEL_LEN = 4096
 # A vLLM worker in a process of its own (as on a CPU) spins for 1 s after a request, on a
@@ -170,14 +169,11 @@ def _ratio_reached(server: Server) -> float:
     Raises:
         ServerError: it skipped nothing, so it is no OrthoRank server to be measured.
     """
-    totals = {UPDATES: 0.0, SKIPPED: 0.0}
-    for line in get(server, "/metrics").splitlines():
-        name = line.partition("{")[0].partition(" ")[0]
-        if name in totals:
-            totals[name] += float(line.rpartition(" ")[2])
-    if totals[SKIPPED] == 0:
+    engines = engines_of(text_string_to_metric_families(get(server, "/metrics")))
+    skipped = sum(engine.token_updates_skipped for engine in engines)
+    if not skipped:
         raise ServerError(f"{server.name}: /metrics shows nothing skipped: OrthoRank is inactive")
-    return totals[SKIPPED] / sum(totals.values())
+    return skipped / (skipped + sum(engine.token_updates for engine in engines))
 
 
 def _rule_of(arguments: argparse.Namespace) -> Method:

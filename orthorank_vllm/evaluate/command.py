@@ -23,11 +23,9 @@ from orthorank_vllm.compat import cache_root
 from orthorank_vllm.config import selective_count
 from orthorank_vllm.evaluate.args import EvaluateArgs, add_arguments
 from orthorank_vllm.evaluate.methods import method_named
-from orthorank_vllm.evaluate.perplexity import cut, perplexity
+from orthorank_vllm.evaluate.perplexity import Scorer, cut, perplexity
 from orthorank_vllm.evaluate.report import write_report
 from orthorank_vllm.evaluate.results import Results, Run, plan_runs
-from orthorank_vllm.evaluate.scorer import Scorer
-from orthorank_vllm.evaluate.tasks import accuracies
 from orthorank_vllm.options import OptionError
 from orthorank_vllm.profiles import (
     Profile,
@@ -130,6 +128,8 @@ def _measure(
         value = perplexity(scorer, segments, bar.update)
     if not args.tasks:
         return value, {}
+    from orthorank_vllm.evaluate.tasks import accuracies
+
     with tqdm(desc=f"{label}: tasks", unit="answers") as bar:
         found = accuracies(scorer, args.tasks, tokenizer, max_length, args.limit, bar.update)
     return value, found

@@ -1,12 +1,70 @@
-"""Perplexity of a whole text, in segments of one length, as papers give it."""
+"""Log-probabilities of many texts, and of a whole one its perplexity, as papers give it."""
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from orthorank_vllm.calibrate.text import Text
-from orthorank_vllm.evaluate.scorer import Scorer
+from orthorank_vllm.offline import worker_calls
+from orthorank_vllm.offline.texts import TextScore
+from orthorank_vllm.offline.workers import Workers
 from orthorank_vllm.options import OptionError
+from orthorank_vllm.selection.method import Method
+
+# In one forward: enough to keep the processor busy, little enough to stay small.
+TOKENS_PER_FORWARD = 2048
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A loaded model with a method of some layers."""
+
+    workers: Workers
+    layers: tuple[int, ...] = ()
+    method: Method = field(default_factory=Method)
+
+    def __call__(
+        self,
+        texts: Sequence[Sequence[int]],
+        first_scored: Sequence[int],
+        on_texts: Callable[[int], Any] = lambda count: None,
+    ) -> list[TextScore]:
+        """Score each text's tokens from a position on.
+
+        Texts of like length go together: a forward pads them to its longest.
+
+        Args:
+            texts: token ids, at least two in each.
+            first_scored: position of the first scored token of each, at least 1.
+            on_texts: called after each forward with the number of its texts.
+        """
+        scores: list[TextScore | None] = [None] * len(texts)
+        for indices in _forwards([len(text) for text in texts]):
+            answers = self.workers.call(
+                worker_calls.score_texts,
+                [texts[index] for index in indices],
+                [first_scored[index] for index in indices],
+                self.layers,
+                self.method,
+            )
+            for index, answer in zip(indices, answers, strict=True):
+                scores[index] = answer
+            on_texts(len(indices))
+        return [score for score in scores if score is not None]
+
+
+def _forwards(lengths: Sequence[int]) -> list[list[int]]:
+    by_length = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
+    forwards: list[list[int]] = []
+    room = 0
+    for index in by_length:
+        if lengths[index] > room:
+            forwards.append([])
+            room = max(TOKENS_PER_FORWARD, lengths[index])
+        forwards[-1].append(index)
+        room -= lengths[index]
+    return forwards
 
 
 def cut(text: Text, tokens: Sequence[int], length: int) -> list[list[int]]:
