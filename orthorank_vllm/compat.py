@@ -69,8 +69,6 @@ GPU_SEAMS = (
 )
 # What only the command `orthorank` uses; too much to import in every process of vLLM.
 COMMAND_SEAMS = (
-    "vllm:LLM",
-    "vllm:SamplingParams",
     "vllm.platforms:current_platform.device_type",
     "vllm.platforms:current_platform.get_device_name",
     "vllm.v1.executor:Executor.get_class",

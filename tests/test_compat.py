@@ -73,7 +73,7 @@ def lists_for(file: Path) -> tuple[str, ...]:
     """The names that are checked before a file of the package runs."""
     if file == PACKAGE / "engine" / "runner_v2.py":
         return AT_START_UP + compat.GPU_SEAMS
-    if file.relative_to(PACKAGE).parts[0] in ("compat.py", "device_check", "offline"):
+    if file.relative_to(PACKAGE).parts[0] in ("compat.py", "offline"):
         return AT_START_UP + compat.COMMAND_SEAMS
     return AT_START_UP
 
