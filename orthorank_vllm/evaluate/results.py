@@ -153,26 +153,15 @@ class Results:
 
     def table(self, runs: Sequence[Run]) -> str:
         """For a terminal: a line for each of these runs."""
-        tasks = list(self.identity["tasks"])
+        tasks = {task: max(16, len(task)) for task in self.identity["tasks"]}
         width = max([len("method"), *(len(run.method) for run in runs)])
-        lines = [
-            "  ".join(
-                [f"{'method':{width}}", "ratio", "perplexity", *(f"{task:>16}" for task in tasks)]
-            )
-        ]
+        header = [f"{'method':{width}}", "ratio", "perplexity"]
+        lines = [[*header, *(f"{task:>{size}}" for task, size in tasks.items())]]
         for run in runs:
-            accuracies = [_accuracy(run.tasks.get(task)) for task in tasks]
-            lines.append(
-                "  ".join(
-                    [
-                        f"{run.method:{width}}",
-                        f"{run.ratio:5.3f}",
-                        f"{run.perplexity:10.2f}",
-                        *(f"{accuracy:>16}" for accuracy in accuracies),
-                    ]
-                )
-            )
-        return "\n".join(lines)
+            cells = [f"{run.method:{width}}", f"{run.ratio:5.3f}", f"{run.perplexity:10.2f}"]
+            found = {task: _accuracy(run.tasks.get(task)) for task in tasks}
+            lines.append([*cells, *(f"{found[task]:>{size}}" for task, size in tasks.items())])
+        return "\n".join("  ".join(line) for line in lines)
 
 
 def _accuracy(found: dict[str, Any] | None) -> str:
