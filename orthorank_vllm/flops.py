@@ -56,7 +56,7 @@ class Shapes:
         )
 
     def without(self, layers: int) -> "Shapes":
-        """The same model, pruned."""
+        """What is left of the model once so many layers are pruned."""
         return replace(self, layers=self.layers - layers)
 
     @property

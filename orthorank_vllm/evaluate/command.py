@@ -155,7 +155,8 @@ def _identity(args: EvaluateArgs, calibration: Calibration, segments: int) -> di
 
 
 def _profile(path: str | None, model: dict[str, Any], method: Method) -> Profile:
-    """
+    """The profile to evaluate: the given one, or else this machine's or the shipped one.
+
     Raises:
         OptionError: it cannot be used, or there is none.
     """

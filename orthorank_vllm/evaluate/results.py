@@ -117,7 +117,7 @@ class Results:
         return cls(path, name, identity, runs=runs, cosines=cosines)
 
     def measured(self, planned: Run) -> Run | None:
-        """The same method with the same layers, measured already."""
+        """What was measured already of this method with these layers."""
         return next((run for run in self.runs if run.is_like(planned)), None)
 
     def add(self, run: Run) -> None:

@@ -141,7 +141,7 @@ def read_task(path: str) -> LoadedTask:
 
 
 def _config(name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """As lm-eval takes it (its docs/task_guide.md), the prompts those of its stock tasks."""
+    """A configuration for lm-eval (its docs/task_guide.md), the prompts those of its own tasks."""
     common = {
         "task": name,
         "custom_dataset": lambda **_: {"test": Dataset.from_list(records)},
