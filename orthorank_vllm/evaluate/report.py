@@ -33,8 +33,9 @@ def render(results: Results, runs: Sequence[Run]) -> str:
     """The page."""
     data = results.identity["data"]
     tasks = list(results.identity["tasks"])
+    title = f"OrthoRank on {escape(results.name)}"
     parts = [
-        f"<h1>OrthoRank on {escape(results.name)}</h1>",
+        f"<h1>{title}</h1>",
         f'<p class="lead">{escape(_lead(runs))}</p>',
         "<h2>Results</h2>",
         _table(runs, tasks),
@@ -78,17 +79,12 @@ def render(results: Results, runs: Sequence[Run]) -> str:
         "<h2>How it was measured</h2>",
         _provenance(results),
     ]
-    title = f"OrthoRank on {escape(results.name)}"
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{title}</title><style>{STYLE}</style></head><body>",
-            *parts,
-            "</body></html>\n",
-        ]
+    head = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title><style>{STYLE}</style></head><body>"
     )
+    return "\n".join([head, *parts, "</body></html>\n"])
 
 
 def _lead(runs: Sequence[Run]) -> str:
@@ -166,18 +162,15 @@ def perplexity_against_ratio(runs: Sequence[Run]) -> str:
     figure, axes = figure_of(7.2, 4.2)
     dense = _dense(runs)
     for method, colour in _colours(runs).items():
-        of_method = [run for run in runs if run.method == method]
-        of_method.sort(key=lambda run: run.ratio)
-        ratios = [run.ratio for run in of_method]
-        values = [run.perplexity for run in of_method]
-        if dense is not None:
-            ratios, values = [0.0, *ratios], [dense.perplexity, *values]
-        axes.plot(ratios, values, color=colour, marker="o", label=method)
+        points = sorted(
+            (run.ratio, run.perplexity) for run in runs if run.method in (DENSE, method)
+        )
+        axes.plot(*zip(*points, strict=True), color=colour, marker="o", label=method)
     if dense is not None:
         axes.axhline(dense.perplexity, color="#666666", linestyle="--", linewidth=1, label=DENSE)
     axes.set(xlabel="ratio: token-layer updates saved", ylabel="perplexity", yscale="log")
-    axes.yaxis.set_major_formatter(_plain)
-    axes.yaxis.set_minor_formatter(_plain)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlim(left=0)
     axes.legend(frameon=False)
     return svg_of(figure)
@@ -218,11 +211,8 @@ def loss_by_step(profiles: dict[str, Profile]) -> str:
     for (method, profile), colour in zip(profiles.items(), COLOURS, strict=False):
         saved = METHODS[method](keep=profile.keep).saved_per_layer
         share = saved / profile.model["num_hidden_layers"]
-        points = [
-            (0.0, profile.dense_loss),
-            *((step * share, loss) for step, loss in enumerate(profile.losses, start=1)),
-        ]
-        points = [(ratio, loss) for ratio, loss in points if loss is not None]
+        losses = enumerate((profile.dense_loss, *profile.losses))
+        points = [(step * share, loss) for step, loss in losses if loss is not None]
         axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, label=method)
         for (ratio, loss), layer in zip(points[1:], profile.order, strict=False):
             axes.annotate(
@@ -264,7 +254,3 @@ def cosine_map(cosines: Sequence[Sequence[float]], selective: Sequence[int]) -> 
 
 def _colours(runs: Sequence[Run]) -> dict[str, str]:
     return dict(zip(_methods(runs), COLOURS, strict=False))
-
-
-def _plain(value: float, _: int) -> str:
-    return f"{value:g}"

@@ -15,6 +15,7 @@ from orthorank_vllm.selection.method import Method
 
 FORMAT = 1
 DENSE = "dense"
+PROFILE_KEYS = ("name", "order", "losses", "dense_loss", "data")
 
 
 @dataclass(frozen=True)
@@ -138,13 +139,7 @@ class Results:
             "versions": self.versions,
             "runs": [asdict(run) for run in self.runs],
             "profiles": {
-                method: {
-                    "name": profile.name,
-                    "order": profile.order,
-                    "losses": profile.losses,
-                    "dense_loss": profile.dense_loss,
-                    "data": profile.data,
-                }
+                method: {key: getattr(profile, key) for key in PROFILE_KEYS}
                 for method, profile in self.profiles.items()
             },
             "cosines": self.cosines,
