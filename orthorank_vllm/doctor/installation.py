@@ -146,9 +146,7 @@ def _device() -> Check:
 
 
 def _kernel() -> Iterator[Check]:
-    from vllm.platforms import current_platform
-
-    if current_platform.device_type == "cuda":
+    if compat.device_type() == "cuda":
         from orthorank_vllm.doctor.kernel import check_kernel
 
         yield check_kernel()
