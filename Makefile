@@ -49,7 +49,7 @@ DEPLOY_STAMP = $(DEPLOY_VENV)/.installed
 DEPLOY_CHECKS = prometheus prometheus-alertmanager
 DEPLOY_RUNS   = $(DEPLOY_CHECKS) buildah podman runc catatonit mmdebstrap nginx-light
 
-.PHONY: help venv model browser serve test lint bench deploy-lint deploy-test deploy-clean clean distclean
+.PHONY: help venv model browser serve test lint bench gpu-check deploy-lint deploy-test deploy-clean clean distclean
 
 help:
 	@echo "make venv       the virtual environment $(VENV) (PYTHON=$(PYTHON), 3.4 GB)"
@@ -59,6 +59,7 @@ help:
 	@echo "make test       the tests (TESTS=$(TESTS) ARGS= JOBS=$(JOBS))"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the speed against stock vLLM (MODEL= RATIO=$(RATIO) ARGS=)"
+	@echo "make gpu-check  what needs an NVIDIA GPU (80 GB): tests/gpu, then the speed on it (PYTHON=$(PYTHON), with vLLM for CUDA)"
 	@echo "make deploy-lint   the chart, images, dashboard and alerts, as far as files tell; Prometheus's package, as root"
 	@echo "make deploy-test   that, and all of it run for real: containers, alerts, replicas; as root (10 GB)"
 	@echo "make deploy-clean  removes the images that deploy-test keeps for its next run"
@@ -133,6 +134,14 @@ bench: $(STAMP) model
 	@echo "bench: the speed of $(MODEL) at ratio $(RATIO), $(THREADS) threads"
 	@exec env $(CPU_ENV) $(BIN)/orthorank bench $(MODEL) --ratios $(RATIO) $(ARGS)
 
+# By the user's own Python: the virtual environment here is for CPUs.
+gpu-check:
+	@echo "gpu-check: pytest -m gpu tests/gpu, then the steps of Llama 3 8B's shapes, by $(PYTHON)"
+	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu-check: torch has no GPU here")'
+	@$(PYTHON) -m pytest -m gpu tests/gpu $(ARGS)
+	@$(PYTHON) benchmarks/steps.py --shapes llama-3-8b --lengths 2048,8192,32768 --tokens 32768 \
+		--attention gather,triton --pairs 5
+
 $(DEPLOY_STAMP): requirements/deploy.lock
 	@echo "deploy: installing into $(DEPLOY_VENV) (750 MB)"
 	@if [ -e $(DEPLOY_VENV)/pyvenv.cfg ]; then rm -rf $(DEPLOY_VENV); fi
@@ -168,7 +177,7 @@ deploy-clean:
 clean:
 	@echo "clean: removing caches and build output"
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info tools/*/build tools/*/*.egg-info
-	@find orthorank_vllm tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find orthorank_vllm tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
 	@echo "distclean: removing $(VENV), $(DEPLOY_VENV) and $(FETCHED)"

@@ -1,6 +1,181 @@
-"""Where vLLM's versions differ, from 0.26 to 0.32, for what is used of them."""
+"""Every name that is taken from vLLM, and what differs between its versions.
 
-from typing import Any
+Imports nothing of it until a function is called: `orthorank doctor` runs where vLLM cannot.
+"""
+
+import functools
+import importlib
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
+
+# As `pyproject.toml` has it, for a package without metadata: a clone that was not installed.
+REQUIREMENT = "vllm>=0.26,<0.33"
+
+# Every name in vLLM, and one beside it, that is imported, called, subclassed or wrapped, as
+# module:attributes.
+SEAMS = (
+    "vllm.engine.arg_utils:EngineArgs.add_cli_args",
+    "vllm.engine.arg_utils:EngineArgs.from_cli_args",
+    "vllm.engine.arg_utils:EngineArgs.create_engine_config",
+    "vllm.utils.argparse_utils:FlexibleArgumentParser.load_config_file",
+    "vllm.transformers_utils.config:get_config",
+    "vllm.model_executor.models:ModelRegistry.register_model",
+    "vllm.model_executor.models:ModelRegistry.models",
+    "vllm.v1.executor.abstract:Executor.__init__",
+    "vllm.v1.executor.abstract:Executor.collective_rpc",
+    "vllm.tokenizers:cached_tokenizer_from_config",
+    "vllm.config:CompilationMode.STOCK_TORCH_COMPILE",
+    "vllm.platforms:current_platform.is_cuda",
+    "vllm.platforms:current_platform.is_rocm",
+    "vllm.envs:VLLM_CACHE_ROOT",
+    "vllm.envs:VLLM_API_KEY",
+    "prometheus_client.multiprocess:MultiProcessCollector.collect",
+)
+WORKER_SEAMS = (
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_model",
+    "vllm.model_executor.layers.attention.attention:get_attention_context",
+    "vllm.model_executor.layers.attention.attention:unified_attention_with_output",
+    "vllm.model_executor.layers.attention.attention:unified_kv_cache_update",
+    "vllm.model_executor.layers.layernorm:RMSNorm",
+    "vllm.model_executor.layers.linear:UnquantizedLinearMethod",
+    "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
+    "vllm.model_executor.models.utils:PPMissingLayer",
+    "vllm._custom_ops:cpu_attn_get_scheduler_metadata",
+    "vllm._custom_ops:fused_add_rms_norm",
+    "vllm._custom_ops:rms_norm",
+    "vllm._custom_ops:cpu_attention_with_kv_cache",
+    "vllm.config:CUDAGraphMode.FULL",
+    "vllm.config:VllmConfig.use_v2_model_runner",
+    "vllm.distributed:get_tp_group",
+    "vllm.envs:VLLM_CPU_ATTN_SPLIT_KV",
+    "vllm.forward_context:get_forward_context",
+    "vllm.forward_context:set_forward_context",
+    "vllm.platforms:current_platform.fp8_dtype",
+    "vllm.sequence:IntermediateTensors",
+)
+# In workers of Model Runner V2; all of its modules need a GPU's Triton.
+GPU_SEAMS = (
+    "vllm.v1.worker.gpu.model_states:init_model_state",
+    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.add_request",
+    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn",
+    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_inputs",
+    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.postprocess_state",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.get_model",
+)
+# What only the command `orthorank` uses; too much to import in every process of vLLM.
+COMMAND_SEAMS = (
+    "vllm:LLM",
+    "vllm:SamplingParams",
+    "vllm.platforms:current_platform.device_type",
+    "vllm.platforms:current_platform.get_device_name",
+    "vllm.v1.executor:Executor.get_class",
+)
+
+
+def supported_vllm() -> "SpecifierSet":
+    """The versions of vLLM that work, by the package's metadata."""
+    from packaging.requirements import Requirement
+
+    try:
+        lines = requires("orthorank-vllm") or []
+    except PackageNotFoundError:
+        lines = []
+    requirements = map(Requirement, [*lines, REQUIREMENT])
+    return next(found.specifier for found in requirements if found.name == "vllm")
+
+
+def supported_in_words() -> str:
+    """The versions of vLLM that work, as "0.26 to 0.32"."""
+    from packaging.version import Version
+
+    bounds = {bound.operator: Version(bound.version) for bound in supported_vllm()}
+    return f"{bounds['>=']} to {bounds['<'].major}.{bounds['<'].minor - 1}"
+
+
+def require_seams(seams: Sequence[str]) -> None:
+    """Stop where this vLLM lacks a name.
+
+    Raises:
+        RuntimeError: names the first one.
+    """
+    for seam, error in missing_seams(seams):
+        raise RuntimeError(
+            f"orthorank-vllm cannot work with vLLM {version('vllm')}: it lacks {seam} ({error}). "
+            f"Install vLLM {supported_in_words()}, or uninstall orthorank-vllm."
+        )
+
+
+def worker_seams() -> tuple[str, ...]:
+    """The names that a worker on this machine takes."""
+    from vllm.platforms import current_platform
+
+    return (*WORKER_SEAMS, *GPU_SEAMS) if current_platform.is_cuda() else WORKER_SEAMS
+
+
+def missing_seams(seams: Sequence[str]) -> Iterator[tuple[str, Exception]]:
+    """The names that this vLLM lacks, and what looking for them raised."""
+    for seam in seams:
+        module, _, path = seam.partition(":")
+        try:
+            functools.reduce(getattr, path.split("."), importlib.import_module(module))
+        except (ImportError, AttributeError) as error:
+            yield seam, error
+
+
+def import_vllm() -> None:
+    """Import what every start of vLLM needs; raises whatever a broken installation does."""
+    import vllm.engine.arg_utils  # noqa: F401
+
+
+def cache_root() -> str:
+    """The folder that vLLM keeps things in."""
+    from vllm import envs
+
+    return envs.VLLM_CACHE_ROOT
+
+
+def device_type() -> str:
+    """The kind of device that vLLM would run on; empty if it knows none here."""
+    from vllm.platforms import current_platform
+
+    return current_platform.device_type
+
+
+def device_name() -> str:
+    """The model of that device."""
+    from vllm.platforms import current_platform
+
+    return current_platform.get_device_name()
+
+
+def missing_cpu_kernels() -> list[str]:
+    """Names of vLLM's kernels for CPU that are called, and do not load."""
+    import torch
+
+    # vLLM loads its kernels, or does without: that is told when they are first called.
+    import vllm._custom_ops  # noqa: F401
+
+    kernels = ("cpu_attention_with_kv_cache", "rms_norm", "fused_add_rms_norm")
+    return [name for name in kernels if not hasattr(torch.ops._C, name)]
+
+
+def argument_parser(**settings: Any) -> Any:
+    """A parser of vLLM's kind, which reads `--config` files and JSON too."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return FlexibleArgumentParser(**settings)
+
+
+def add_engine_arguments(parser: Any) -> None:
+    """Add vLLM's engine options, and with them the plugin's."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    EngineArgs.add_cli_args(parser)
 
 
 def cpu_isa(attn: Any) -> str:

@@ -1,7 +1,12 @@
-"""The sizes of a model, and the floating-point operations that they make."""
+"""Floating-point operations of a model, a prompt, a plan, counted from the model's sizes."""
 
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
+
+from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_WINDOW
+from orthorank_vllm.selection.plan import Batch, Plan, make_plan
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Shapes:
         )
 
     def without(self, layers: int) -> "Shapes":
-        """A pruned model's shapes."""
+        """What is left of the model once so many layers are pruned."""
         return replace(self, layers=self.layers - layers)
 
     @property
@@ -77,3 +82,43 @@ class Shapes:
     def head(self) -> float:
         """Operations of the logits of one token."""
         return 2.0 * self.hidden * self.vocabulary
+
+
+def prefill_flops(
+    shapes: Shapes,
+    tokens: int,
+    selective: int = 0,
+    keep: float = DEFAULT_KEEP,
+    window: int = DEFAULT_WINDOW,
+) -> float:
+    """Floating-point operations of one prompt, and of the logits of its last token.
+
+    Args:
+        selective: how many layers are; the last layer is taken to be a dense one.
+    """
+    # A query sees half of the prompt on average.
+    layer = tokens * (shapes.key_and_value + shapes.update((tokens + 1) / 2))
+    dense = shapes.layers * layer + shapes.head
+    zero = np.zeros(1, dtype=np.int64)
+    plan = make_plan(Batch(zero, zero + tokens, zero + tokens, zero), keep, window)
+    if plan is None or not selective:
+        return dense
+    return dense - flops_saved(plan, shapes, selective, is_last_layer_dense=True)
+
+
+def flops_saved(plan: Plan, shapes: Shapes, num_selective: int, is_last_layer_dense: bool) -> float:
+    """Floating-point operations that a forward with this plan does not make.
+
+    An estimate: a skipped token is taken to stand in the middle of its request's part, and all
+    that its layer computes for it, K and V apart, to be left out.
+
+    Args:
+        is_last_layer_dense: then it computes only what is read.
+    """
+    batch = plan.batch
+    skipped = num_selective * (batch.query_len - plan.selected_per_request)
+    if is_last_layer_dense and plan.sampled_rows is not None:
+        skipped = skipped + batch.query_len - plan.sampled_per_request
+    keys = batch.num_computed + (batch.prompt_tokens + 1) / 2
+    total = float(skipped.sum())
+    return total * shapes.update(float((skipped * keys).sum()) / total) if total else 0.0

@@ -5,75 +5,12 @@ function below says why the patch is needed and what breaks it.
 """
 
 import functools
-import importlib
 import sys
-from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
+from orthorank_vllm.compat import SEAMS, require_seams, worker_seams
 from orthorank_vllm.model.architectures import MEASURED_OF, ORTHORANK_OF
 from orthorank_vllm.options import OptionError
-
-# Every name in vLLM, and one beside it, that is imported, called, subclassed or wrapped, as
-# module:attributes.
-SEAMS = (
-    "vllm.engine.arg_utils:EngineArgs.add_cli_args",
-    "vllm.engine.arg_utils:EngineArgs.from_cli_args",
-    "vllm.engine.arg_utils:EngineArgs.create_engine_config",
-    "vllm.utils.argparse_utils:FlexibleArgumentParser.load_config_file",
-    "vllm.transformers_utils.config:get_config",
-    "vllm.model_executor.models:ModelRegistry.register_model",
-    "vllm.model_executor.models:ModelRegistry.models",
-    "vllm.v1.executor.abstract:Executor.__init__",
-    "vllm.v1.executor.abstract:Executor.collective_rpc",
-    "vllm.tokenizers:cached_tokenizer_from_config",
-    "vllm.config:CompilationMode.STOCK_TORCH_COMPILE",
-    "vllm.platforms:current_platform.is_cuda",
-    "vllm.platforms:current_platform.is_rocm",
-    "vllm.logger:init_logger",
-    "vllm.envs:VLLM_CACHE_ROOT",
-    "vllm.envs:VLLM_API_KEY",
-    "prometheus_client.multiprocess:MultiProcessCollector.collect",
-)
-WORKER_SEAMS = (
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward",
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_model",
-    "vllm.model_executor.layers.attention.attention:get_attention_context",
-    "vllm.model_executor.layers.attention.attention:unified_attention_with_output",
-    "vllm.model_executor.layers.attention.attention:unified_kv_cache_update",
-    "vllm.model_executor.layers.layernorm:RMSNorm",
-    "vllm.model_executor.layers.linear:UnquantizedLinearMethod",
-    "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
-    "vllm.model_executor.models.utils:PPMissingLayer",
-    "vllm._custom_ops:cpu_attn_get_scheduler_metadata",
-    "vllm._custom_ops:fused_add_rms_norm",
-    "vllm._custom_ops:rms_norm",
-    "vllm._custom_ops:cpu_attention_with_kv_cache",
-    "vllm.config:CUDAGraphMode.FULL",
-    "vllm.config:VllmConfig.use_v2_model_runner",
-    "vllm.distributed:get_tp_group",
-    "vllm.envs:VLLM_CPU_ATTN_SPLIT_KV",
-    "vllm.forward_context:get_forward_context",
-    "vllm.forward_context:set_forward_context",
-    "vllm.platforms:current_platform.fp8_dtype",
-    "vllm.sequence:IntermediateTensors",
-)
-# In workers of Model Runner V2; all of its modules need a GPU's Triton.
-GPU_SEAMS = (
-    "vllm.v1.worker.gpu.model_states:init_model_state",
-    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.add_request",
-    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn",
-    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_inputs",
-    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.postprocess_state",
-    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.get_model",
-)
-# What only the command `orthorank` uses; too much to import in every process of vLLM.
-COMMAND_SEAMS = (
-    "vllm:LLM",
-    "vllm:SamplingParams",
-    "vllm.platforms:current_platform.device_type",
-    "vllm.platforms:current_platform.get_device_name",
-    "vllm.v1.executor:Executor.get_class",
-)
 
 _registered = False
 
@@ -96,38 +33,6 @@ def register() -> None:
     _show_metrics_of_several_servers()
     _register_architectures()
     _registered = True
-
-
-def require_seams(seams: tuple[str, ...]) -> None:
-    """Check that this vLLM has every name that is patched or taken.
-
-    Raises:
-        RuntimeError: names the first seam that this vLLM lacks.
-    """
-    for seam, error in missing_seams(seams):
-        from importlib.metadata import version
-
-        raise RuntimeError(
-            f"orthorank-vllm cannot work with vLLM {version('vllm')}: it lacks {seam} ({error}). "
-            "Install a vLLM that orthorank-vllm's README lists, or uninstall orthorank-vllm."
-        )
-
-
-def worker_seams() -> tuple[str, ...]:
-    """Those of a worker on this machine."""
-    from vllm.platforms import current_platform
-
-    return (*WORKER_SEAMS, *GPU_SEAMS) if current_platform.is_cuda() else WORKER_SEAMS
-
-
-def missing_seams(seams: Sequence[str]) -> Iterator[tuple[str, Exception]]:
-    """Those that this vLLM lacks, and what looking for them raised."""
-    for seam in seams:
-        module, _, path = seam.partition(":")
-        try:
-            functools.reduce(getattr, path.split("."), importlib.import_module(module))
-        except (ImportError, AttributeError) as error:
-            yield seam, error
 
 
 def _add_flags() -> None:

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from orthorank_vllm import plugin
+from orthorank_vllm import compat
 
-CHECKED = (*plugin.SEAMS, *plugin.WORKER_SEAMS, *plugin.GPU_SEAMS, *plugin.COMMAND_SEAMS)
+CHECKED = (*compat.SEAMS, *compat.WORKER_SEAMS, *compat.GPU_SEAMS, *compat.COMMAND_SEAMS)
 # Attributes that a class has without defining them.
 INHERITED = ("__init__",)
 

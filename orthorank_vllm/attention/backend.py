@@ -16,7 +16,7 @@ from orthorank_vllm.selection.plan import Batch, Ints
 
 # Keys of a batch's longest request from which our kernel is taken where both can serve. NOT
 # MEASURED, on any GPU: FlashAttention does three times the work faster, so short prompts are
-# left to it; from here on attention is a large part of a layer. `orthorank device-check` measures.
+# left to it; from here on attention is a large part of a layer. `benchmarks/steps.py` measures.
 TRITON_FROM_CONTEXT = 4096
 
 # What may be asked for, by device; `auto` anywhere.

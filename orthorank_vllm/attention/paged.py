@@ -13,7 +13,7 @@ from vllm.platforms import current_platform
 from orthorank_vllm.attention.kv_cache import write_kv
 from orthorank_vllm.attention.paged_kernel import PagedCache, attend, make_tiles, queries_per_tile
 from orthorank_vllm.selection.plan import Batch, Ints
-from orthorank_vllm.selection.transfer import to_device
+from orthorank_vllm.selection.topk import to_device
 
 # Their metadata have a block table, and their pages are K and V side by side.
 BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")

@@ -10,34 +10,33 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
 
 from orthorank_vllm import __version__
 from orthorank_vllm.bench.args import BenchArgs, add_arguments
 from orthorank_vllm.bench.paired_stats import Round, measure_rounds
-from orthorank_vllm.bench.prompts import Prompt, Prompts
 from orthorank_vllm.bench.pruned_checkpoint import write_pruned
 from orthorank_vllm.bench.report import OURS, Comparison, Results, plot, table
 from orthorank_vllm.bench.servers import Server, ServerError, get, memory_of, running
-from orthorank_vllm.bench.workloads import Workload, plan_workloads
+from orthorank_vllm.bench.workloads import Prompt, Prompts, Workload, plan_workloads
 from orthorank_vllm.config import selective_count
 from orthorank_vllm.files import write_output
 from orthorank_vllm.flops import Shapes
+from orthorank_vllm.metrics.status import engines_of
 from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_WINDOW, OptionError
 from orthorank_vllm.selection.method import Method
 
 __all__ = ["add_arguments", "run"]
 
-UPDATES = "orthorank_token_updates_total"
-SKIPPED = "orthorank_token_updates_skipped_total"
 WARM_UPS = 2
 MIN_MODEL_LEN = 4096
 # A vLLM worker in a process of its own (as on a CPU) spins for 1 s after a request, on a
@@ -46,14 +45,18 @@ SETTLE_SECONDS = 1.2
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """
+    """Measure, and write what was measured; returns the exit status.
+
     Raises:
         OptionError: see the options.
     """
     from orthorank_vllm.offline.workers import model_config_of, tokenizer_of
 
     args = BenchArgs.of(arguments)
-    rule = _rule_of(arguments)
+    rule = Method(
+        keep=getattr(arguments, "orthorank_keep", DEFAULT_KEEP),
+        window=getattr(arguments, "orthorank_window", DEFAULT_WINDOW),
+    )
     model_config = model_config_of(arguments)
     shapes = Shapes.of(model_config.hf_text_config)
     selective = [selective_count("--ratios", r, rule.keep, shapes.layers) for r in args.ratios]
@@ -110,7 +113,8 @@ def _compare(
             model = args.model
             if rival == "prune":
                 removed = max(round(ratio * layers), 1)
-                model = str(stack.enter_context(_pruned(args.model, removed)))
+                model = stack.enter_context(tempfile.TemporaryDirectory(prefix="orthorank-pruned-"))
+                write_pruned(Path(args.model), Path(model), removed)
             servers.append(stack.enter_context(running(rival, model, flags, args.folder)))
         rounds = _measure(servers, workloads, drawn, args.pairs)
         return Comparison(
@@ -157,35 +161,17 @@ def _timed(
     return workload.measure(server, prompts[number])
 
 
-@contextmanager
-def _pruned(model: str, count: int) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="orthorank-pruned-") as folder:
-        write_pruned(Path(model), Path(folder), count)
-        yield Path(folder)
-
-
 def _ratio_reached(server: Server) -> float:
     """The fraction of token updates that the server says it skipped.
 
     Raises:
         ServerError: it skipped nothing, so it is no OrthoRank server to be measured.
     """
-    totals = {UPDATES: 0.0, SKIPPED: 0.0}
-    for line in get(server, "/metrics").splitlines():
-        name = line.partition("{")[0].partition(" ")[0]
-        if name in totals:
-            totals[name] += float(line.rpartition(" ")[2])
-    if totals[SKIPPED] == 0:
+    engines = engines_of(text_string_to_metric_families(get(server, "/metrics")))
+    skipped = sum(engine.token_updates_skipped for engine in engines)
+    if not skipped:
         raise ServerError(f"{server.name}: /metrics shows nothing skipped: OrthoRank is inactive")
-    return totals[SKIPPED] / sum(totals.values())
-
-
-def _rule_of(arguments: argparse.Namespace) -> Method:
-    """The rule of OrthoRank's servers."""
-    return Method(
-        keep=getattr(arguments, "orthorank_keep", DEFAULT_KEEP),
-        window=getattr(arguments, "orthorank_window", DEFAULT_WINDOW),
-    )
+    return skipped / (skipped + sum(engine.token_updates for engine in engines))
 
 
 def _default_flags(args: BenchArgs, workloads: Sequence[Workload], context: int) -> list[str]:

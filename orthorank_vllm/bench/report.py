@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from orthorank_vllm.bench.ideal import load_gain, prefill
 from orthorank_vllm.bench.paired_stats import Round, Spread, noise, ratios, same_server_ratios
 from orthorank_vllm.bench.servers import Memory
 from orthorank_vllm.bench.workloads import Workload
-from orthorank_vllm.flops import Shapes
+from orthorank_vllm.flops import Shapes, prefill_flops
 from orthorank_vllm.selection.method import Method
 
 OURS = "orthorank"
@@ -49,7 +48,7 @@ class Row:
 
     Attributes:
         spread: of the rival's time divided by OrthoRank's.
-        noise: see `pairs.noise`.
+        noise: see `paired_stats.noise`.
         repeat: of a server's time divided by its own next one.
         ideal: the ratio if arithmetic were all, None where it cannot be known.
     """
@@ -120,9 +119,9 @@ class Results:
             rival_shapes = self.shapes.without(comparison.removed)
         if workload.streamed:
             # Decode is dense: a token costs what it costs the whole model.
-            return prefill(rival_shapes, 1) / prefill(self.shapes, 1)
+            return prefill_flops(rival_shapes, 1) / prefill_flops(self.shapes, 1)
         length = workload.prompt_len
-        gain = prefill(rival_shapes, length) / prefill(
+        gain = prefill_flops(rival_shapes, length) / prefill_flops(
             self.shapes, length, comparison.selective, self.rule.keep, self.rule.window
         )
         if workload.is_first_token:
@@ -168,14 +167,14 @@ def plot(results: Results) -> str | None:
         from orthorank_vllm.cli.charts import COLOURS, figure_of, svg_of
 
         rows = [
-            (f"{row.workload.name}\n{_against(comparison, row)}", row, comparison)
+            (row, comparison)
             for comparison in results.comparisons
             for row in results.rows(comparison)
         ]
         figure, axes = figure_of(7.6, 1.4 + 0.55 * len(rows))
     except ImportError:
         return None
-    for place, (_, row, comparison) in enumerate(rows):
+    for place, (row, comparison) in enumerate(rows):
         # A label once: the legend has a line for each.
         labels = ["pairs", "median with its 95 %", "ideal", "noise"] if place == 0 else [None] * 4
         rounds = comparison.rounds[comparison.workloads.index(row.workload)]
@@ -205,12 +204,21 @@ def plot(results: Results) -> str | None:
             width = row.noise - 1 / row.noise
             axes.barh(place, width, 0.8, 1 / row.noise, color="#e3e3e3", label=labels[3])
     axes.axvline(1, color="#666666", linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+    names = [
+        f"{row.workload.name}\nratio {comparison.ratio_asked:g} against {row.rival}"
+        for row, comparison in rows
+    ]
+    axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("times as fast")
     axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.4, 1), ncols=4)
     return svg_of(figure, background="white")
+
+
+def load_gain(prefill_share: float, prefill_gain: float) -> float:
+    """The gain of a whole of which only the prefill gains (Amdahl)."""
+    return 1 / (1 - prefill_share + prefill_share / prefill_gain)
 
 
 def _line(row: Row) -> str:
@@ -234,10 +242,6 @@ def _memory_line(comparison: Comparison) -> str:
         for name, memory in comparison.memory.items()
     ]
     return f"Memory: {'; '.join(parts)}."
-
-
-def _against(comparison: Comparison, row: Row) -> str:
-    return f"ratio {comparison.ratio_asked:g} against {row.rival}"
 
 
 def _without_nan(value: Any) -> Any:

@@ -26,6 +26,7 @@ from orthorank_vllm.cli.args import (
     parse_count,
     rule_of,
 )
+from orthorank_vllm.compat import cache_root
 from orthorank_vllm.config import selective_count
 from orthorank_vllm.files import check_writable
 from orthorank_vllm.options import RATIO, OptionError
@@ -71,8 +72,6 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         OptionError: see the options.
     """
-    from vllm import envs
-
     from orthorank_vllm.offline import worker_calls
     from orthorank_vllm.offline.workers import (
         WorkersTrial,
@@ -97,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output:
         left_profiles(Path(arguments.output))
     else:
-        check_writable(kept_folder(envs.VLLM_CACHE_ROOT) / "profile.json")
+        check_writable(kept_folder(cache_root()) / "profile.json")
     with loaded_workers(vllm_config) as workers:
         calibration = replace(calibration, weights=workers.call(worker_calls.fingerprint))
         output = Path(arguments.output) if arguments.output else default_output(calibration)
@@ -166,8 +165,6 @@ def default_output(calibration: Calibration) -> Path:
     Raises:
         OptionError: the weights have no fingerprint to find it by.
     """
-    from vllm import envs
-
     if calibration.weights is None:
         raise OptionError(
             "-o: needed with this --load-format, whose weights have no fingerprint by which a "
@@ -175,7 +172,7 @@ def default_output(calibration: Calibration) -> Path:
         )
     method = calibration.method
     return cached_path(
-        envs.VLLM_CACHE_ROOT,
+        cache_root(),
         calibration.model["config_sha256"],
         calibration.weights,
         method.keep,

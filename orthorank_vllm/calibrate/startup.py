@@ -4,6 +4,7 @@ Runs where the engine is, with the weights loaded and no KV cache yet. One
 process decides for all ranks, and a calibration's profile is kept for later starts.
 """
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -12,11 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm.logger import init_logger
-
 from orthorank_vllm.calibrate.calibration import DEFAULT_TOKENS, Calibration
 from orthorank_vllm.calibrate.greedy import NothingToTell, OutOfTime, choose_within
 from orthorank_vllm.calibrate.text import built_in_text
+from orthorank_vllm.compat import cache_root
 from orthorank_vllm.config import CALIBRATION_OFF, OrthoRankConfig
 from orthorank_vllm.model.fingerprint import loads_weights
 from orthorank_vllm.offline import worker_calls
@@ -30,7 +30,7 @@ from orthorank_vllm.profiles import (
 )
 from orthorank_vllm.selection.method import Method
 
-logger = init_logger("vllm.orthorank")
+logger = logging.getLogger("vllm.orthorank")
 
 LENGTH = 256
 # Another calibration started within the same time may end a little later.
@@ -90,9 +90,7 @@ def _chosen(
     weights: str | None,
     deadline: float,
 ) -> OrthoRankConfig:
-    from vllm import envs
-
-    root = envs.VLLM_CACHE_ROOT
+    root = cache_root()
     model = model_identity(model_config.hf_text_config)
     rule = config.keep, config.window
     path = None

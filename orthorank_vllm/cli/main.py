@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from orthorank_vllm import __version__
+from orthorank_vllm.compat import add_engine_arguments, argument_parser, import_vllm
 from orthorank_vllm.options import OptionError
 
 # Name: module with `add_arguments(parser)` and `run(arguments) -> exit status`, and what it does.
@@ -19,7 +20,6 @@ COMMANDS = {
     "evaluate": ("orthorank_vllm.evaluate.command", "measure what a ratio costs in quality"),
     "bench": ("orthorank_vllm.bench.command", "measure what a ratio gains in speed"),
     "doctor": ("orthorank_vllm.doctor.command", "check this installation, or a running server"),
-    "device-check": ("orthorank_vllm.device_check.command", "check this machine's GPU"),
 }
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -55,20 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_on_model(name: str, module: Any, argv: list[str]) -> int:
     try:
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
+        import_vllm()
     except ImportError as error:
         raise OptionError(
             f"vLLM cannot be imported ({error}); pip install 'orthorank-vllm[vllm]'"
         ) from None
-    parser = FlexibleArgumentParser(
+    parser = argument_parser(
         prog=f"orthorank {name}",
         usage=f"orthorank {name} MODEL [options] [vLLM's engine options, such as --dtype]",
         description=module.__doc__,
     )
     parser.add_argument("model_tag", metavar="MODEL", help="A folder or hub name, as for vLLM.")
     module.add_arguments(parser)
-    EngineArgs.add_cli_args(parser)
+    add_engine_arguments(parser)
     arguments = parser.parse_args(argv)
     arguments.model = arguments.model_tag
     arguments.argv = argv

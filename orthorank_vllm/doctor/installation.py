@@ -3,17 +3,12 @@
 import os
 import platform
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, entry_points, requires, version
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
-from orthorank_vllm import __version__
+from orthorank_vllm import __version__, compat
 from orthorank_vllm.doctor.check import FAILED, Check, failed, ok, warning
-from orthorank_vllm.profiles import shipped_profiles
-
-if TYPE_CHECKING:
-    from packaging.specifiers import SpecifierSet
+from orthorank_vllm.profiles import kept_folder, shipped_profiles
 
 INSTALL = "pip install 'orthorank-vllm[vllm]'"
 # What the tests run with, see requirements/.
@@ -30,13 +25,14 @@ def checks() -> Iterator[Check]:
         yield from _tested_versions()
     yield _plugin()
     try:
-        import vllm.engine.arg_utils  # noqa: F401
+        compat.import_vllm()
     except Exception as error:  # whatever a broken installation raises
         yield failed("import vllm", _one_line(error), f"Mend vLLM first, or {INSTALL}")
     else:
         yield _hooks()
         yield _endpoint()
         yield _device()
+        yield from _kernel()
         yield _cache()
     yield _profiles()
 
@@ -48,14 +44,7 @@ def _vllm() -> Check:
         return failed("vLLM", "not installed", INSTALL)
     from packaging.version import Version
 
-    wanted = _supported()
-    if wanted is None:
-        return warning(
-            "vLLM",
-            f"{installed}; whether that is supported is not known, as orthorank-vllm's metadata "
-            "is missing",
-            "Install orthorank-vllm with pip",
-        )
+    wanted = compat.supported_vllm()
     # A local version such as 0.32.0+cpu is that release.
     if not wanted.contains(Version(installed).public, prereleases=True):
         return failed(
@@ -64,18 +53,6 @@ def _vllm() -> Check:
             f"Install such a vLLM ({INSTALL}) or another orthorank-vllm",
         )
     return ok("vLLM", f"{installed}, {wanted} is supported")
-
-
-def _supported() -> "SpecifierSet | None":
-    """vLLM's versions, as the package's own metadata has them."""
-    from packaging.requirements import Requirement
-
-    try:
-        lines = requires("orthorank-vllm") or []
-    except PackageNotFoundError:
-        return None
-    wanted = (line for line in map(Requirement, lines) if line.name == "vllm")
-    return next((requirement.specifier for requirement in wanted), None)
 
 
 def _tested_versions() -> Iterator[Check]:
@@ -131,26 +108,23 @@ def _endpoint() -> Check:
 
 
 def _hooks() -> Check:
-    from orthorank_vllm.plugin import COMMAND_SEAMS, SEAMS, missing_seams, worker_seams
-
-    seams = (*SEAMS, *worker_seams(), *COMMAND_SEAMS)
-    missing = [seam for seam, _ in missing_seams(seams)]
+    seams = (*compat.SEAMS, *compat.worker_seams(), *compat.COMMAND_SEAMS)
+    missing = [seam for seam, _ in compat.missing_seams(seams)]
     if missing:
         return failed(
             "hooks",
             f"this vLLM lacks {len(missing)} of {len(seams)}: {', '.join(missing)}",
-            "Install a vLLM that orthorank-vllm's README lists",
+            f"Install vLLM {compat.supported_in_words()}",
         )
     return ok("hooks", f"all {len(seams)} places in vLLM that OrthoRank hooks or calls are there")
 
 
 def _device() -> Check:
     import torch
-    from vllm.platforms import current_platform
 
     from orthorank_vllm.engine.unsupported import REFUSALS
 
-    device = current_platform.device_type
+    device = compat.device_type()
     asked = SimpleNamespace(device_config=SimpleNamespace(device_type=device))
     refusal = next((refusal for refusal in REFUSALS if refusal.option == "device"), None)
     if refusal is not None and refusal.value(asked) is not None:
@@ -160,12 +134,8 @@ def _device() -> Check:
             "Install vLLM for CPU",
         )
     if device != "cpu":
-        return ok("device", f"{device} ({current_platform.get_device_name()})")
-    # vLLM loads its kernels, or does without: that is told when they are first called.
-    import vllm._custom_ops  # noqa: F401
-
-    kernels = ("cpu_attention_with_kv_cache", "rms_norm", "fused_add_rms_norm")
-    missing = [name for name in kernels if not hasattr(torch.ops._C, name)]
+        return ok("device", f"{device} ({compat.device_name()})")
+    missing = compat.missing_cpu_kernels()
     if missing:
         return failed(
             "device",
@@ -175,10 +145,15 @@ def _device() -> Check:
     return ok("device", f"cpu, vLLM's kernels load, {torch.get_num_threads()} threads")
 
 
-def _cache() -> Check:
-    from vllm import envs
+def _kernel() -> Iterator[Check]:
+    if compat.device_type() == "cuda":
+        from orthorank_vllm.doctor.kernel import check_kernel
 
-    folder = Path(envs.VLLM_CACHE_ROOT) / "orthorank"
+        yield check_kernel()
+
+
+def _cache() -> Check:
+    folder = kept_folder(compat.cache_root())
     made = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not (made.is_dir() and os.access(made, os.W_OK | os.X_OK)):
         return warning(

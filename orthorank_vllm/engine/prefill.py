@@ -1,11 +1,11 @@
 """What an OrthoRank model carries besides its stock modules."""
 
+import logging
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.logger import init_logger
 from vllm.sequence import IntermediateTensors
 
 from orthorank_vllm.attention.backend import choose_backend
@@ -22,7 +22,7 @@ from orthorank_vllm.options import OptionError
 from orthorank_vllm.selection.plan import Batch, Plan, make_plan, profile_run_batch
 
 # vLLM shows the log lines of its own namespace only.
-logger = init_logger("vllm.orthorank")
+logger = logging.getLogger("vllm.orthorank")
 
 # Beside one slot for every running request, first tokens seen lately.
 SPARE_SINK_SLOTS = 64
@@ -33,6 +33,8 @@ class OrthoRank:
 
     Attributes:
         attention: how the layers of a sparse forward attend; may be replaced between forwards.
+        is_paused: whether every forward is to be stock vLLM's, for a comparison of the two in one
+            engine; may be changed between forwards.
         needs_model_state: Model Runner V2 has not yet asked for the model's state, which brings
             it the plans.
     """
@@ -65,6 +67,7 @@ class OrthoRank:
         # The ranks compute the same tokens: one of them counts.
         self._counter = StepCounter.of(vllm_config, self._decoder) if is_first_rank() else None
         self._outcome: Outcome | None = None
+        self.is_paused = False
         # There vLLM sizes its KV cache by the memory that its first forward takes.
         self._needs_profile_run = self._device.type == "cuda"
         self.needs_model_state = bool(vllm_config.use_v2_model_runner)
@@ -83,11 +86,7 @@ class OrthoRank:
             for sink_row, layer in enumerate(ours)
         }
         self._fused = {}
-        self.attention = choose_backend(
-            config.attention,
-            [layer.attn.attn for layer in self._decoder.layers.values()],
-            self._device.type,
-        )
+        self.attend_by(config.attention)
         self._sinks = SinkTable(
             num_selective=len(ours),
             capacity=self._sink_capacity,
@@ -102,7 +101,8 @@ class OrthoRank:
         if self._device.type != "cpu":
             logger.warning(
                 "OrthoRank's path for GPUs has never run on one: before you rely on it, compare "
-                "its outputs and its speed with stock vLLM's (`orthorank device-check`)."
+                "its outputs and its speed with stock vLLM's (`orthorank doctor`, and in a clone "
+                "`make gpu-check`)."
             )
         if config.describe_lookups():
             logger.warning(config.describe_lookups())
@@ -112,6 +112,18 @@ class OrthoRank:
                 config.source,
                 config.remedy,
             )
+
+    def attend_by(self, asked: str) -> None:
+        """Attend in another way from now on.
+
+        Args:
+            asked: one of `options.ATTENTION_BACKENDS`.
+
+        Raises:
+            OptionError: it cannot serve this model here.
+        """
+        layers = [layer.attn.attn for layer in self._decoder.layers.values()]
+        self.attention = choose_backend(asked, layers, self._device.type)
 
     def _split_of(self, layer: int) -> SplitWeight | None:
         fused = self._fused.get(layer)
@@ -123,6 +135,8 @@ class OrthoRank:
         """The top_k of one forward, None if it is a dense one."""
         if self.config.to_choose:
             raise RuntimeError("OrthoRank was to choose its layers at start-up and has not")
+        if self.is_paused:
+            return None
         if not (self._decoder.is_first and self._decoder.is_last):
             batch = self._with_known_sinks(batch)
         return make_plan(batch, self.config.keep, self.config.window)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from orthorank_vllm.flops import Shapes
+from orthorank_vllm.flops import Shapes, flops_saved
 from orthorank_vllm.metrics import definitions
 from orthorank_vllm.metrics.recorder import WorkerMetrics, labels_of
 from orthorank_vllm.model.decoder import Decoder
@@ -116,21 +116,3 @@ class StepCounter:
             prompt_tokens, selective, skipped = self._waiting.popleft()
             by_layer = dict(zip(selective, skipped.read(), strict=True))
             self.metrics.count_updates(prompt_tokens, by_layer)
-
-
-def flops_saved(plan: Plan, shapes: Shapes, num_selective: int, is_last_layer_dense: bool) -> float:
-    """Floating-point operations that a forward with this plan does not make.
-
-    An estimate: a skipped token is taken to stand in the middle of its request's part, and all
-    that its layer computes for it, K and V apart, to be left out.
-
-    Args:
-        is_last_layer_dense: then it computes only what is read.
-    """
-    batch = plan.batch
-    skipped = num_selective * (batch.query_len - plan.selected_per_request)
-    if is_last_layer_dense and plan.sampled_rows is not None:
-        skipped = skipped + batch.query_len - plan.sampled_per_request
-    keys = batch.num_computed + (batch.prompt_tokens + 1) / 2
-    total = float(skipped.sum())
-    return total * shapes.update(float((skipped * keys).sum()) / total) if total else 0.0

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orthorank_vllm.calibrate.text import BUILT_IN, Text, built_in_text, read_text
 from orthorank_vllm.cli.args import (
@@ -14,10 +15,12 @@ from orthorank_vllm.cli.args import (
     rule_of,
 )
 from orthorank_vllm.evaluate.methods import METHODS
-from orthorank_vllm.evaluate.tasks import TaskFile, read_task
 from orthorank_vllm.files import check_writable
 from orthorank_vllm.options import RATIO, OptionError
 from orthorank_vllm.selection.method import Method
+
+if TYPE_CHECKING:
+    from orthorank_vllm.evaluate.tasks import LoadedTask
 
 DEFAULT_RATIOS = "0,0.1,0.2,0.3"
 DEFAULT_AGAINST = "prune,random"
@@ -45,8 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         nargs="+",
         default=[],
-        metavar="FILE",
-        help='JSON lines with "query", "choices", "gold" or "context", "continuation".',
+        metavar="TASK",
+        help="Tasks of lm-eval by name, YAML files of such tasks, or JSON lines with "
+        '"query", "choices", "gold" or "context", "continuation".',
     )
     group.add_argument("--limit", help="Questions of each task (default: all).")
     add_rule_arguments(group)
@@ -86,7 +90,7 @@ class EvaluateArgs:
     methods: list[str]
     method: Method
     length: int
-    tasks: list[TaskFile]
+    tasks: "list[LoadedTask]"
     limit: int | None
     calibration: Text
     breadth: int | None
@@ -94,7 +98,8 @@ class EvaluateArgs:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> "EvaluateArgs":
-        """
+        """Check what was given, and read the texts and tasks.
+
         Raises:
             OptionError: the first option that cannot be.
         """
@@ -106,15 +111,12 @@ class EvaluateArgs:
             methods=["orthorank", *_parse_methods(arguments.against)],
             method=rule_of(arguments),
             length=parse_count("--length", arguments.length, least=2),
-            tasks=[read_task(path) for path in arguments.tasks],
             limit=parse_count("--limit", arguments.limit, least=1) if arguments.limit else None,
             calibration=read_text(given, "--calibration-data") if given else built_in_text(),
             breadth=breadth_of(arguments),
             folder=Path(arguments.output),
+            tasks=_tasks(arguments.tasks),
         )
-        names = [task.name for task in args.tasks]
-        if len(set(names)) < len(names):
-            raise OptionError(f"--tasks {' '.join(arguments.tasks)}: two have the same name")
         if args.calibration.sha256 == args.text.sha256:
             raise OptionError(
                 f"--calibration-data {given}: it is the test text itself; a choice must not be "
@@ -130,6 +132,15 @@ def _require(*modules: str) -> None:
         raise OptionError(
             f"{' and '.join(missing)} cannot be imported; pip install 'orthorank-vllm[evaluate]'"
         )
+
+
+def _tasks(given: list[str]) -> "list[LoadedTask]":
+    if not given:
+        return []
+    # lm-eval is an extra.
+    from orthorank_vllm.evaluate.tasks import load_tasks
+
+    return load_tasks(given)
 
 
 def _parse_methods(value: str) -> list[str]:

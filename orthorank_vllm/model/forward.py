@@ -20,8 +20,7 @@ from orthorank_vllm.model.qkv import SplitWeight
 from orthorank_vllm.model.sinks import SinkTable
 from orthorank_vllm.model.tensor_parallel import of_first_rank
 from orthorank_vllm.selection.plan import Ints, Plan
-from orthorank_vllm.selection.topk import SegmentedTopK
-from orthorank_vllm.selection.transfer import to_device
+from orthorank_vllm.selection.topk import SegmentedTopK, to_device
 
 
 class TopK(Protocol):

@@ -7,6 +7,7 @@ The rule is numbered as in README.md, "The selection rule".
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -108,8 +109,7 @@ def make_plan(batch: Batch, keep: float, window: int) -> Plan | None:
     return _assemble(batch, rows, segments, window)
 
 
-@dataclass(frozen=True)
-class _Rows:
+class _Rows(NamedTuple):
     """Where each row stands. All arrays are [tokens].
 
     Attributes:
@@ -123,8 +123,7 @@ class _Rows:
     is_prompt_end: Bools
 
 
-@dataclass(frozen=True)
-class _Segments:
+class _Segments(NamedTuple):
     """The segments that leave some token out: runs of neighbouring rows. All arrays are [segments].
 
     Attributes:
@@ -182,10 +181,10 @@ def _assemble(batch: Batch, rows: _Rows, segments: _Segments, window: int) -> Pl
     requests = request_of_segment[is_first]
     first_row = np.cumsum(batch.query_len) - batch.query_len
 
-    def per_request(request: Ints) -> Ints:
-        return np.bincount(request, minlength=len(batch.query_len))
+    def per_request(request: Ints, weights: Ints | None = None) -> Ints:
+        return np.bincount(request, weights, minlength=len(batch.query_len)).astype(np.int64)
 
-    chosen_per_request = per_request(np.repeat(request_of_segment, segments.top_k))
+    chosen_per_request = per_request(request_of_segment, segments.top_k)
     return Plan(
         candidates=candidates,
         segment=np.repeat(np.arange(len(segments.size)), segments.size),

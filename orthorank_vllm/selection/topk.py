@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from orthorank_vllm.selection.plan import Ints, Plan
-from orthorank_vllm.selection.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -123,3 +122,18 @@ def select_by_numpy(scores: torch.Tensor, top_k: SegmentedTopK) -> torch.Tensor:
     rows = np.concatenate([chosen, top_k.forced_rows.numpy()])
     rows.sort()
     return torch.from_numpy(rows)
+
+
+def to_device(arrays: Sequence[Ints], device: torch.device) -> list[torch.Tensor]:
+    """The arrays on the device, in one copy that nobody waits for.
+
+    From pinned memory, which torch takes back once the copy is done: from any other, and with
+    one copy for each array, the host would wait for the device at every forward.
+
+    Args:
+        arrays: int64, of one dimension.
+    """
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
+    packed = torch.from_numpy(np.concatenate(arrays)).pin_memory()
+    return list(packed.to(device, non_blocking=True).split([len(array) for array in arrays]))

@@ -1,8 +1,8 @@
 """Our kernel, run by Triton's interpreter, against a loop over queries in float64.
 
-The cases are in `orthorank_vllm/device_check/kernel.py`. What this cannot show: bfloat16, which
-the interpreter does not multiply, and anything about a real GPU (`orthorank device-check` runs the
-same cases there).
+The cases are in `tests/support/paged_cases.py`. What this cannot show: bfloat16, which the
+interpreter does not multiply, and anything about a real GPU (`tests/gpu/test_paged_kernel.py` runs
+the same cases there).
 """
 
 from types import SimpleNamespace
@@ -15,16 +15,16 @@ from orthorank_vllm.attention.backend import TRITON_FROM_CONTEXT, choose_backend
 from orthorank_vllm.attention.paged import TritonAttention, window_of
 from orthorank_vllm.attention.paged_kernel import make_tiles
 from orthorank_vllm.attention.stock import GatherAttention, StockAttention
-from orthorank_vllm.device_check.kernel import CASES, TOLERANCES
 from orthorank_vllm.options import OptionError
 from orthorank_vllm.selection.plan import Batch
+from tests.support.paged_cases import CASES, ON_A_GPU, TOLERANCES
 from tests.support.scripts import Script
 
 RUN_CASES = """
-from orthorank_vllm.device_check.kernel import CASES, run
-from tests.attention import kernel_views
+from tests.attention import paged_views
+from tests.support.paged_cases import CASES, run
 found = {name: run(case) for name, case in CASES.items()}
-found |= {f"views: {name}": kernel_views.run(CASES[name]) for name in arguments}
+found |= {f"views: {name}": paged_views.run(CASES[name]) for name in arguments}
 answer(found)
 """
 THROUGH_VIEWS = ("several requests", "a window of 40", "fp8 pages")
@@ -51,6 +51,10 @@ def test_every_query_sees_the_keys_up_to_its_own_position(
 @pytest.mark.parametrize("name", THROUGH_VIEWS)
 def test_the_pages_are_read_by_vllms_views(differences: dict[str, float], name: str) -> None:
     assert differences[f"views: {name}"] < TOLERANCES[CASES[name].dtype]
+
+
+def test_every_case_has_a_tolerance() -> None:
+    assert {case.dtype for case in ON_A_GPU.values()} == set(TOLERANCES)
 
 
 def test_tiles_cover_every_row_once_and_the_longest_come_first() -> None:

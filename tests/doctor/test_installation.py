@@ -33,6 +33,7 @@ def test_this_installation_is_well(
     assert set(TESTED) < {what.removesuffix(" version") for what in checks}
     assert "SmolLM2-135M-Instruct" in checks["shipped profiles"]["found"]
     assert checks["GET /orthorank"]["found"] == "loads where --orthorank-endpoint asks for it"
+    assert ("attention kernel" in checks) == checks["device"]["found"].startswith("cuda")
 
 
 def test_there_is_one_line_for_each_check(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,6 +75,7 @@ def test_hooks_that_vllm_lacks_are_all_named(
     assert checks["hooks"]["state"] == "FAILED"
     assert "vllm._custom_ops:rms_norm" in checks["hooks"]["found"]
     assert "vllm.engine.arg_utils:EngineArgs.from_cli_args" in checks["hooks"]["found"]
+    assert checks["hooks"]["mend"] == "Install vLLM 0.26 to 0.32"
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(
@@ -161,5 +163,5 @@ def test_without_its_own_metadata_the_plugin_cannot_be_found(tmp_path: Path) -> 
     result = examine_in(tmp_path)
     assert result.returncode == 1
     assert result.stderr == ""
-    assert re.search(r"^warning +vLLM .*metadata is missing", result.stdout, re.MULTILINE)
+    assert re.search(r"^ok +vLLM +0.32.0, .* is supported", result.stdout, re.MULTILINE)
     assert re.search(r"^FAILED +plugin .*no entry point orthorank", result.stdout, re.MULTILINE)

@@ -8,9 +8,8 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from orthorank_vllm.bench.ideal import prefill
 from orthorank_vllm.engine import step_stats
-from orthorank_vllm.engine.step_stats import OnItsWay, Seconds, StepCounter, flops_saved
+from orthorank_vllm.engine.step_stats import OnItsWay, Seconds, StepCounter
 from orthorank_vllm.flops import Shapes
 from orthorank_vllm.metrics import collector
 from orthorank_vllm.metrics.recorder import WorkerMetrics
@@ -107,16 +106,3 @@ def test_numbers_still_on_the_device_are_counted_with_a_later_step(
     arrived = True
     steps.count(None, None, None, (1, 3), SECONDS)
     assert value(registry, "token_updates_skipped_total") == 2 * (170 + 169)
-
-
-def test_the_operations_saved_are_what_the_ideal_of_a_prompt_saves() -> None:
-    """Both count from the same shapes: one from a step's plan, the other from a length."""
-    saved = prefill(SHAPES, 256) - prefill(SHAPES, 256, selective=2)
-    assert flops_saved(plan_of(PROMPT), SHAPES, 2, True) == pytest.approx(saved)
-
-
-def test_a_later_chunk_saves_more_as_its_queries_see_more_keys() -> None:
-    early = flops_saved(plan_of(batch([0], [128], [999])), SHAPES, 2, False)
-    late = flops_saved(plan_of(batch([512], [128], [999])), SHAPES, 2, False)
-    skipped = 2 * (128 - 43)
-    assert late - early == pytest.approx(skipped * 4 * 4 * 24 * 512)

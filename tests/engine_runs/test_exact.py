@@ -14,7 +14,6 @@ from prometheus_client import REGISTRY
 from transformers import AutoModelForCausalLM
 from vllm.forward_context import set_forward_context
 
-from orthorank_vllm.attention.backend import choose_backend
 from tests.conftest import Prompts
 from tests.support.reference import Reference, Rule
 from tests.support.replay import SAFE_MARGIN, TOLERANCE, Engine, Job, Run, Verdict, replay
@@ -272,8 +271,8 @@ def test_counts_are_those_of_the_reference(
 def gathering(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with --orthorank-attention gather."""
     orthorank = engine.model.orthorank
-    layers = [layer.attn.attn for layer in orthorank._decoder.layers.values()]
-    monkeypatch.setattr(orthorank, "attention", choose_backend("gather", layers, "cpu"))
+    monkeypatch.setattr(orthorank, "attention", orthorank.attention)  # put back afterwards
+    orthorank.attend_by("gather")
 
 
 @pytest.mark.usefixtures("gathering")

@@ -81,7 +81,7 @@ met = orthorank._sinks.rows[:, slot]
 recomputed = sink_states(orthorank._decoder, orthorank._selective, torch.tensor(prompt[:1]))[:, 0]
 layer = engine.model.model.layers[0].self_attn
 engine.llm.reset_prefix_cache()
-orthorank.plan = lambda batch: None
+orthorank.is_paused = True
 dense = served()
 answer({
     "dense": mean(dense, computed()),

@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from orthorank_vllm.selection.plan import Batch, Plan, make_plan
-from orthorank_vllm.selection.topk import SegmentedTopK, score, select_by_numpy, select_by_torch
+from orthorank_vllm.selection.topk import (
+    SegmentedTopK,
+    score,
+    select_by_numpy,
+    select_by_torch,
+    to_device,
+)
 
 
 def select_rows(plan: Plan, scores: list[float]) -> list[int]:
@@ -96,3 +102,19 @@ def test_a_last_token_that_also_wins_stands_twice() -> None:
 def test_scores_are_ordered_down_to_the_smallest_float(scores: list[float]) -> None:
     plan = prompt_plan(len(scores), keep=0.4, window=0, computed=3, total=99)
     assert select_rows(plan, scores) == [0, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+        ),
+    ],
+)
+def test_every_array_arrives_whole_and_in_order(device: str) -> None:
+    arrays = [np.arange(n, dtype=np.int64) * (n + 1) for n in (3, 0, 1, 40)]
+    found = to_device(arrays, torch.device(device))
+    assert [tensor.tolist() for tensor in found] == [array.tolist() for array in arrays]
+    assert {tensor.dtype for tensor in found} == {torch.int64}

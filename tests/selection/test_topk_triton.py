@@ -13,10 +13,9 @@ from orthorank_vllm.selection.topk_triton import LARGEST_WINDOW, SCORE_COLUMNS, 
 from tests.support.scripts import Script
 
 COMPARE = """
-from orthorank_vllm.device_check.kernel import selection_differs
-from tests.support.selection_cases import differing
+from tests.support.selection_cases import differing, share_that_differs
 found = [line for seed in range(arguments[0]) for line in differing(seed)]
-answer([found, selection_differs("cpu", tokens=700, hidden=600)])
+answer([found, share_that_differs("cpu", tokens=700, hidden=600)])
 """
 
 

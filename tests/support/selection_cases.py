@@ -1,8 +1,9 @@
-"""The selection's kernels against the sort, run by Triton's interpreter."""
+"""The selection's kernels against the sort, on a GPU or by Triton's interpreter."""
 
 import numpy as np
 import torch
 
+from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_WINDOW
 from orthorank_vllm.selection.plan import Batch, make_plan
 from orthorank_vllm.selection.topk import SegmentedTopK, score, select
 from orthorank_vllm.selection.topk_triton import SegmentedTopKTriton
@@ -37,3 +38,19 @@ def differing(seed: int) -> list[str]:
     if found.tolist() == expected.tolist():
         return []
     return [f"seed {seed}: window {window}, {found.tolist()} for {expected.tolist()}"]
+
+
+def share_that_differs(device: str, tokens: int = 8192, hidden: int = 4096) -> float:
+    """The share of one long prompt's rows that the kernels choose and the sort does not."""
+    zero, length = np.zeros(1, dtype=np.int64), np.full(1, tokens, dtype=np.int64)
+    plan = make_plan(Batch(zero, length, length, zero), DEFAULT_KEEP, DEFAULT_WINDOW)
+    assert plan is not None
+    torch.manual_seed(0)
+    residual = torch.randn(tokens, hidden, dtype=torch.bfloat16).to(device)
+    slots = torch.zeros(1, dtype=torch.int64, device=device)
+    chosen = []
+    for kind in (SegmentedTopKTriton, SegmentedTopK):
+        arrays = [torch.from_numpy(array).to(device) for array in kind.arrays_of(plan)]
+        rows = kind.of_arrays(plan, arrays).rows(residual, residual[:1], slots)
+        chosen.append(set(rows.tolist()))
+    return len(chosen[0] - chosen[1]) / plan.num_selected

@@ -8,8 +8,8 @@ import torch
 
 from orthorank_vllm.attention import paged
 from orthorank_vllm.attention.paged_kernel import PagedCache
-from orthorank_vllm.device_check.kernel import SCALE, Case, difference
 from orthorank_vllm.selection.plan import Batch, Ints
+from tests.support.paged_cases import SCALE, Case, difference
 
 
 def run(case: Case) -> float:

@@ -1,21 +1,17 @@
-"""The Triton kernel against a loop over queries in float64.
+"""Calls of the paged kernel, each compared with a loop over queries in float64.
 
 On a GPU as it is, elsewhere by Triton's interpreter (TRITON_INTERPRET=1, set before Triton is
 imported, so in a process of its own), which does not multiply bfloat16.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from orthorank_vllm.attention.paged_kernel import PagedCache, attend, make_tiles, queries_per_tile
-from orthorank_vllm.device_check.findings import Finding
-from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_WINDOW
-from orthorank_vllm.selection.plan import Batch, Ints, make_plan
-from orthorank_vllm.selection.topk import SegmentedTopK
-from orthorank_vllm.selection.topk_triton import SegmentedTopKTriton
+from orthorank_vllm.selection.plan import Batch, Ints
 
 SCALE = 0.15
 
@@ -195,38 +191,20 @@ CASES = {
 
 # Of an output, whose values are about 1: half floats keep 11 bits, bfloat16 8.
 TOLERANCES = {"float32": 2e-6, "float16": 3e-3, "bfloat16": 2e-2}
-# What the interpreter is too slow for, or cannot compute.
-ON_A_GPU = {
+_LARGE = {
     "a long prompt's chunk": Case(
         ((3000, 500, False), (0, 700, False)), heads=32, kv_heads=8, head_size=128
     ),
     "a long context that decodes": Case(((9000, 1, True),), heads=32, kv_heads=8, head_size=128),
     "heads of 256": Case(((0, 300, False),), heads=8, kv_heads=4, head_size=256),
 }
-
-
-def selection_differs(device: str, tokens: int = 8192, hidden: int = 4096) -> float:
-    """The share of the rows that the selection's kernels choose and the sort does not."""
-    zero, length = np.zeros(1, dtype=np.int64), np.full(1, tokens, dtype=np.int64)
-    plan = make_plan(Batch(zero, length, length, zero), DEFAULT_KEEP, DEFAULT_WINDOW)
-    assert plan is not None
-    torch.manual_seed(0)
-    stream = torch.randn(tokens, hidden, dtype=torch.bfloat16).to(device)
-    slots = torch.zeros(1, dtype=torch.int64, device=device)
-    chosen = []
-    for kind in (SegmentedTopKTriton, SegmentedTopK):
-        arrays = [torch.from_numpy(array).to(device) for array in kind.arrays_of(plan)]
-        chosen.append(set(kind.of_arrays(plan, arrays).rows(stream, stream[:1], slots).tolist()))
-    return len(chosen[0] - chosen[1]) / plan.num_selected
-
-
-def check(device: str) -> Iterator[Finding]:
-    """Every case, and those of half floats in bfloat16 too; and the selection."""
-    # Two scores may be equal but for the order of their sums.
-    yield Finding("selection against a sort: rows that differ", selection_differs(device), 2e-3)
-    cases = {**CASES, **ON_A_GPU}
-    for name, case in list(cases.items()):
-        if case.dtype == "float16" or name in ON_A_GPU:
-            cases[f"{name}, bfloat16"] = replace(case, dtype="bfloat16")
-    for name, case in cases.items():
-        yield Finding(name, run(case, device), TOLERANCES[case.dtype])
+# With what the interpreter is too slow for, and what it cannot compute.
+ON_A_GPU = {
+    **CASES,
+    **_LARGE,
+    **{
+        f"{name}, bfloat16": replace(case, dtype="bfloat16")
+        for name, case in {**CASES, **_LARGE}.items()
+        if case.dtype == "float16" or name in _LARGE
+    },
+}
