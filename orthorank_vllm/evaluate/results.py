@@ -93,7 +93,7 @@ class Results:
 
     @classmethod
     def load(cls, path: Path, name: str, identity: dict[str, Any]) -> "Results":
-        """The file's, if it is there.
+        """The results in a file, if it is there.
 
         Raises:
             OptionError: it holds results of something else.
@@ -147,7 +147,7 @@ class Results:
         write_output(self.path, json.dumps(content) + "\n")
 
     def table(self, runs: Sequence[Run]) -> str:
-        """For a terminal: a line for each of these runs."""
+        """A table for a terminal: a line for each of these runs."""
         tasks = {task: max(16, len(task)) for task in self.identity["tasks"]}
         width = max([len("method"), *(len(run.method) for run in runs)])
         header = [f"{'method':{width}}", "ratio", "perplexity"]
