@@ -57,7 +57,7 @@ class Shapes:
         )
 
     def without(self, layers: int) -> "Shapes":
-        """A pruned model's shapes."""
+        """What is left of the model once so many layers are pruned."""
         return replace(self, layers=self.layers - layers)
 
     @property

@@ -3,6 +3,7 @@
     python tools/lookups.py MODEL [--ratios 0.1,0.2,0.3] [--count 60] [--data FILE]
 
 Greedy answers of the real engine. A ratio's share is of the numbers that the dense model finds.
+Prose hides whether a model still finds things in its prompt, which users feel first.
 """
 
 from __future__ import annotations
@@ -10,13 +11,47 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import random
+import re
+from dataclasses import dataclass
 from typing import Any
 
 from orthorank_vllm.bench.servers import ENVIRONMENT
 from orthorank_vllm.calibrate.text import built_in_text, read_text
-from orthorank_vllm.evaluate.lookups import Lookup, make_lookups
 
 QUIET = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+LINES = 40
+# About 400 tokens; with the list, a prompt has some 700.
+PARAGRAPH_CHARACTERS = 1600
+QUESTION = "The code from the list:"
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A prompt that ends with one of its list's words, and that word's number."""
+
+    prompt: str
+    answer: str
+
+
+def make_lookups(content: str, count: int, seed: int = 0) -> list[Lookup]:
+    """Look-ups of different words and numbers, with paragraphs of `content` in between.
+
+    Args:
+        content: ordinary text; its words of five to nine letters name the numbers.
+    """
+    numbers = random.Random(seed)
+    words = sorted(set(re.findall(r"\b[a-z]{5,9}\b", content)))
+    return [_lookup(numbers, words, content) for _ in range(count)]
+
+
+def _lookup(numbers: random.Random, words: list[str], content: str) -> Lookup:
+    listed = {word: str(numbers.randrange(1000, 10000)) for word in numbers.sample(words, LINES)}
+    start = numbers.randrange(max(len(content) - PARAGRAPH_CHARACTERS, 1))
+    paragraphs = content[start : start + PARAGRAPH_CHARACTERS].partition("\n")[2]
+    asked = numbers.choice(list(listed))
+    lines = "\n".join(f"{word}: {number}" for word, number in listed.items())
+    return Lookup(f"{lines}\n\n{paragraphs}\n\n{QUESTION}\n{asked}:", listed[asked])
 
 
 def found_by(model: str, ratio: float, lookups: list[Lookup]) -> list[bool]:

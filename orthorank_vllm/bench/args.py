@@ -91,7 +91,8 @@ class BenchArgs:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> "BenchArgs":
-        """
+        """Check what was given, and read the text.
+
         Raises:
             OptionError: the first option that cannot be.
         """

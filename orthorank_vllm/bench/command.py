@@ -10,8 +10,8 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -45,14 +45,18 @@ SETTLE_SECONDS = 1.2
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """
+    """Measure, and write what was measured; returns the exit status.
+
     Raises:
         OptionError: see the options.
     """
     from orthorank_vllm.offline.workers import model_config_of, tokenizer_of
 
     args = BenchArgs.of(arguments)
-    rule = _rule_of(arguments)
+    rule = Method(
+        keep=getattr(arguments, "orthorank_keep", DEFAULT_KEEP),
+        window=getattr(arguments, "orthorank_window", DEFAULT_WINDOW),
+    )
     model_config = model_config_of(arguments)
     shapes = Shapes.of(model_config.hf_text_config)
     selective = [selective_count("--ratios", r, rule.keep, shapes.layers) for r in args.ratios]
@@ -109,7 +113,8 @@ def _compare(
             model = args.model
             if rival == "prune":
                 removed = max(round(ratio * layers), 1)
-                model = str(stack.enter_context(_pruned(args.model, removed)))
+                model = stack.enter_context(tempfile.TemporaryDirectory(prefix="orthorank-pruned-"))
+                write_pruned(Path(args.model), Path(model), removed)
             servers.append(stack.enter_context(running(rival, model, flags, args.folder)))
         rounds = _measure(servers, workloads, drawn, args.pairs)
         return Comparison(
@@ -156,13 +161,6 @@ def _timed(
     return workload.measure(server, prompts[number])
 
 
-@contextmanager
-def _pruned(model: str, count: int) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="orthorank-pruned-") as folder:
-        write_pruned(Path(model), Path(folder), count)
-        yield Path(folder)
-
-
 def _ratio_reached(server: Server) -> float:
     """The fraction of token updates that the server says it skipped.
 
@@ -174,14 +172,6 @@ def _ratio_reached(server: Server) -> float:
     if not skipped:
         raise ServerError(f"{server.name}: /metrics shows nothing skipped: OrthoRank is inactive")
     return skipped / (skipped + sum(engine.token_updates for engine in engines))
-
-
-def _rule_of(arguments: argparse.Namespace) -> Method:
-    """The rule of OrthoRank's servers."""
-    return Method(
-        keep=getattr(arguments, "orthorank_keep", DEFAULT_KEEP),
-        window=getattr(arguments, "orthorank_window", DEFAULT_WINDOW),
-    )
 
 
 def _default_flags(args: BenchArgs, workloads: Sequence[Workload], context: int) -> list[str]:

@@ -37,7 +37,8 @@ class Spread:
 
     @classmethod
     def of(cls, ratios: Sequence[float]) -> "Spread":
-        """
+        """The median of some ratios, with its interval and the quartiles.
+
         Args:
             ratios: at least two.
         """
@@ -64,7 +65,8 @@ def measure_rounds(
     rounds: int,
     on_measure: Callable[[], object] = lambda: None,
 ) -> list[Round]:
-    """
+    """Measure every server in each round, in every second one backwards.
+
     Args:
         measures: name of each server, and what times it in a round, in seconds.
     """

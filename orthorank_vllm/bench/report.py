@@ -167,14 +167,14 @@ def plot(results: Results) -> str | None:
         from orthorank_vllm.cli.charts import COLOURS, figure_of, svg_of
 
         rows = [
-            (f"{row.workload.name}\n{_against(comparison, row)}", row, comparison)
+            (row, comparison)
             for comparison in results.comparisons
             for row in results.rows(comparison)
         ]
         figure, axes = figure_of(7.6, 1.4 + 0.55 * len(rows))
     except ImportError:
         return None
-    for place, (_, row, comparison) in enumerate(rows):
+    for place, (row, comparison) in enumerate(rows):
         # A label once: the legend has a line for each.
         labels = ["pairs", "median with its 95 %", "ideal", "noise"] if place == 0 else [None] * 4
         rounds = comparison.rounds[comparison.workloads.index(row.workload)]
@@ -204,7 +204,11 @@ def plot(results: Results) -> str | None:
             width = row.noise - 1 / row.noise
             axes.barh(place, width, 0.8, 1 / row.noise, color="#e3e3e3", label=labels[3])
     axes.axvline(1, color="#666666", linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+    names = [
+        f"{row.workload.name}\nratio {comparison.ratio_asked:g} against {row.rival}"
+        for row, comparison in rows
+    ]
+    axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("times as fast")
@@ -238,10 +242,6 @@ def _memory_line(comparison: Comparison) -> str:
         for name, memory in comparison.memory.items()
     ]
     return f"Memory: {'; '.join(parts)}."
-
-
-def _against(comparison: Comparison, row: Row) -> str:
-    return f"ratio {comparison.ratio_asked:g} against {row.rival}"
 
 
 def _without_nan(value: Any) -> Any:

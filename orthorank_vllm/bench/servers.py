@@ -67,7 +67,8 @@ def running(name: str, model: str, flags: Sequence[str], logs: Path) -> Iterator
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=_environment(),
+            # `orthorank` is quiet, its servers' logs are not.
+            env={**ENVIRONMENT, **os.environ, "VLLM_LOGGING_LEVEL": "INFO"},
             # A group of its own: Ctrl-C reaches this program alone, which then stops all of it.
             start_new_session=True,
         )
@@ -94,7 +95,7 @@ def completion(server: Server, body: Mapping[str, object]) -> Iterator[http.clie
 
 @dataclass(frozen=True)
 class Memory:
-    """Of a server's processes together, in MB.
+    """What a server's processes hold together, in MB.
 
     Attributes:
         private: what no other process shares, now.
@@ -134,11 +135,6 @@ def _ask(
             yield response
         except (OSError, http.client.HTTPException) as error:
             raise server.failure(f"{path} failed ({error!r})") from None
-
-
-def _environment() -> dict[str, str]:
-    # `orthorank` is quiet, its servers' logs are not.
-    return {**ENVIRONMENT, **os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
 
 
 def _free_port() -> int:

@@ -29,7 +29,8 @@ class Prompts:
         self._heads: set[tuple[int, ...]] = set()
 
     def draw(self, length: int) -> Prompt:
-        """
+        """A prompt of `length` tokens that begins as none before it.
+
         Raises:
             OptionError: the text does not hold another stretch of this length.
         """

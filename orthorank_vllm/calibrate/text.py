@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from orthorank_vllm.options import OptionError
 
@@ -40,38 +41,50 @@ def read_text(path: str, option: str = "--data") -> Text:
     Raises:
         OptionError: not there, empty, not text, or a line without "text".
     """
+    content, sha256 = read_utf8(path, option, "UTF-8 text or JSON lines")
+    if path.endswith(".jsonl"):
+        texts = []
+        for number, record in json_lines(content):
+            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                raise OptionError(
+                    f'{option} {path}: line {number} is not a JSON object with a string "text"'
+                )
+            texts.append(record["text"])
+        content = "\n\n".join(texts)
+    if not content.strip():
+        raise OptionError(f"{option} {path}: it is empty; give UTF-8 text or JSON lines")
+    return Text(Path(path).name, content, sha256)
+
+
+def read_utf8(path: str, option: str, wanted: str) -> tuple[str, str]:
+    """A text file's content, and the SHA-256 of its bytes.
+
+    Args:
+        wanted: what to give instead of something that is not text.
+
+    Raises:
+        OptionError: not there, or not text.
+    """
     try:
         raw = Path(path).read_bytes()
+        content = raw.decode()
     except OSError as error:
         raise OptionError(f"{option} {path}: it cannot be read ({error.strerror})") from None
-    try:
-        content = raw.decode()
     except UnicodeDecodeError:
         content = "\0"
     if "\0" in content:
-        raise OptionError(f"{option} {path}: it is not text; give UTF-8 text or JSON lines")
-    if path.endswith(".jsonl"):
-        content = "\n\n".join(_texts_of_lines(path, content, option))
-    if not content.strip():
-        raise OptionError(f"{option} {path}: it is empty; give UTF-8 text or JSON lines")
-    return Text(Path(path).name, content, hashlib.sha256(raw).hexdigest())
+        raise OptionError(f"{option} {path}: it is not text; give {wanted}")
+    return content, hashlib.sha256(raw).hexdigest()
 
 
-def _texts_of_lines(path: str, content: str, option: str) -> list[str]:
-    texts = []
+def json_lines(content: str) -> Iterator[tuple[int, Any]]:
+    """Number and value of each line that is not blank; None for one that is not JSON."""
     for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise OptionError(
-                f'{option} {path}: line {number} is not a JSON object with a string "text"'
-            )
-        texts.append(record["text"])
-    return texts
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError:
+                yield number, None
 
 
 def segments(

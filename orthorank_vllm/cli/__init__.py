@@ -1,0 +1,1 @@
+"""The command `orthorank`, and what its parts share."""

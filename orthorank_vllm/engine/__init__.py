@@ -1,0 +1,1 @@
+"""Serving: every place where vLLM's engine is touched."""

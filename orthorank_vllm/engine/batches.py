@@ -1,4 +1,4 @@
-"""Model Runner V2's step as a `plan.Batch`: pure functions of its host arrays.
+"""A step of either model runner as a `plan.Batch`: pure functions of its host arrays.
 
 Apart from `runner_v2`, whose imports need a GPU.
 """
@@ -34,7 +34,7 @@ class RequestFacts:
         self.wants_prompt[slot] = params is not None and params.prompt_logprobs is not None
 
 
-def batch_of(inputs: Any, states: Any, facts: RequestFacts) -> Batch | None:
+def batch_of_v2(inputs: Any, states: Any, facts: RequestFacts) -> Batch | None:
     """This step's requests, None where none of them has prompt tokens left.
 
     Args:
@@ -54,3 +54,24 @@ def batch_of(inputs: Any, states: Any, facts: RequestFacts) -> Batch | None:
         wants_all_rows=bool(facts.wants_prompt[slots].any()),
     )
     return batch if batch.prompt_tokens.any() else None
+
+
+def batch_of_v1(runner: Any) -> Batch | None:
+    """This step's requests, None where none of them has prompt tokens left.
+
+    From the runner's host-side arrays (no device access).
+    """
+    inputs = runner.input_batch
+    num_reqs = inputs.num_reqs
+    num_computed = inputs.num_computed_tokens_cpu[:num_reqs]
+    prompt_len = inputs.num_prompt_tokens[:num_reqs]
+    # All that a step of decoding pays for this plugin, beside its count.
+    if not np.count_nonzero(num_computed < prompt_len):
+        return None
+    return Batch(
+        num_computed=num_computed.astype(np.int64),
+        query_len=np.diff(runner.query_start_loc.np[: num_reqs + 1]).astype(np.int64),
+        prompt_len=prompt_len.astype(np.int64),
+        first_token=inputs.token_ids_cpu[:num_reqs, 0].astype(np.int64),
+        wants_all_rows=bool(runner.num_prompt_logprobs),
+    )

@@ -13,7 +13,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.models import ModelRegistry
 from vllm.sequence import IntermediateTensors
 
-from orthorank_vllm.engine.prefill import OrthoRank
+from orthorank_vllm.engine.prefill import SparsePrefill
 from orthorank_vllm.model.architectures import MEASURED_OF, ORTHORANK_OF
 from orthorank_vllm.model.fingerprint import Fingerprint
 from orthorank_vllm.selection.plan import Plan
@@ -39,7 +39,7 @@ class OrthoRankForCausalLM(MeasuredForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
-        self.orthorank = OrthoRank(vllm_config, self.model)
+        self.orthorank = SparsePrefill(vllm_config, self.model)
 
     def forward(
         self,

@@ -28,7 +28,7 @@ logger = logging.getLogger("vllm.orthorank")
 SPARE_SINK_SLOTS = 64
 
 
-class OrthoRank:
+class SparsePrefill:
     """The resolved configuration, the sink table and the counts of one worker.
 
     Attributes:

@@ -9,35 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 
+from orthorank_vllm.engine.batches import batch_of_v1
 from orthorank_vllm.engine.step_stats import Seconds
-from orthorank_vllm.selection.plan import Batch
 
 _MARK = "_orthorank_hook"
-
-
-def batch_of(runner: Any) -> Batch | None:
-    """This step's requests, None where none of them has prompt tokens left.
-
-    From the runner's host-side arrays (no device access).
-    """
-    inputs = runner.input_batch
-    num_reqs = inputs.num_reqs
-    num_computed = inputs.num_computed_tokens_cpu[:num_reqs]
-    prompt_len = inputs.num_prompt_tokens[:num_reqs]
-    # All that a step of decoding pays for this plugin, beside its count.
-    if not np.count_nonzero(num_computed < prompt_len):
-        return None
-    return Batch(
-        num_computed=num_computed.astype(np.int64),
-        query_len=np.diff(runner.query_start_loc.np[: num_reqs + 1]).astype(np.int64),
-        prompt_len=prompt_len.astype(np.int64),
-        first_token=inputs.token_ids_cpu[:num_reqs, 0].astype(np.int64),
-        wants_all_rows=bool(runner.num_prompt_logprobs),
-    )
 
 
 def with_plan(model_forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,7 +27,7 @@ def with_plan(model_forward: Callable[..., Any]) -> Callable[..., Any]:
         if orthorank is None:
             return model_forward(self, *args, **model_kwargs)
         started = time.perf_counter()
-        batch = batch_of(self)
+        batch = batch_of_v1(self)
         # A step that is replayed from a full CUDA graph does not run the model: steps as long as
         # decoding's, prompts of one token among them. Those are dense.
         is_replayed = get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.FULL

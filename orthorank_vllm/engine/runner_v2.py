@@ -11,7 +11,7 @@ from typing import Any
 from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from orthorank_vllm.engine.batches import RequestFacts, batch_of
+from orthorank_vllm.engine.batches import RequestFacts, batch_of_v2
 from orthorank_vllm.engine.step_stats import Seconds
 from orthorank_vllm.selection.plan import Batch, Plan
 
@@ -52,7 +52,7 @@ class OrthoRankModelState(DefaultModelState):
         inputs: dict[str, Any] = super().prepare_inputs(input_batch, req_states)
         self._running = None
         started = time.perf_counter()
-        batch = batch_of(input_batch, req_states, self._facts)
+        batch = batch_of_v2(input_batch, req_states, self._facts)
         if batch is None:
             return inputs
         # Steps as long as decoding's are replayed whoever is in them (prompts of one token, or

@@ -98,7 +98,8 @@ class EvaluateArgs:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> "EvaluateArgs":
-        """
+        """Check what was given, and read the texts and tasks.
+
         Raises:
             OptionError: the first option that cannot be.
         """

@@ -17,20 +17,19 @@ from orthorank_vllm.calibrate.calibration import (
     Calibration,
     found_so_far,
 )
-from orthorank_vllm.calibrate.command import measure
+from orthorank_vllm.calibrate.command import default_output, measure
 from orthorank_vllm.calibrate.greedy import Choice
 from orthorank_vllm.compat import cache_root
 from orthorank_vllm.config import selective_count
 from orthorank_vllm.evaluate.args import EvaluateArgs, add_arguments
 from orthorank_vllm.evaluate.methods import method_named
-from orthorank_vllm.evaluate.perplexity import Scorer, cut, perplexity
-from orthorank_vllm.evaluate.report import write_report
+from orthorank_vllm.evaluate.report import render
 from orthorank_vllm.evaluate.results import Results, Run, plan_runs
+from orthorank_vllm.files import write_output
 from orthorank_vllm.options import OptionError
 from orthorank_vllm.profiles import (
     Profile,
     ProfileError,
-    cached_path,
     kept_profiles,
     model_identity,
     read_profile,
@@ -46,10 +45,12 @@ __all__ = ["add_arguments", "run"]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """
+    """Measure, and write what was measured; returns the exit status.
+
     Raises:
         OptionError: see the options.
     """
+    from orthorank_vllm.evaluate.perplexity import cut
     from orthorank_vllm.offline import worker_calls
     from orthorank_vllm.offline.workers import (
         WorkersTrial,
@@ -61,15 +62,15 @@ def run(arguments: argparse.Namespace) -> int:
     args = EvaluateArgs.of(arguments)
     vllm_config = measuring_config(arguments)
     model_config = vllm_config.model_config
-    tokenizer = tokenizer_of(model_config)
-    segments = cut(args.text, tokenizer.encode(args.text.content), args.length)
+    encode = tokenizer_of(model_config).encode
+    segments = cut(args.text, encode(args.text.content), args.length)
     profile = _profile(arguments.profile, model_identity(model_config.hf_text_config), args.method)
     if profile.data is not None and profile.data["sha256"] == args.text.sha256:
         raise OptionError(
             f"--data {arguments.data}: the profile {profile.name} was chosen on it; a choice must "
             "not be tested on what it was made on"
         )
-    pruning = _pruning(args, profile, model_config, tokenizer.encode)
+    pruning = _pruning(args, profile, model_config, encode)
     results = Results.load(
         args.folder / "results.json", pruning.name, _identity(args, pruning, len(segments))
     )
@@ -77,9 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
     results.profiles["orthorank"] = profile
 
     with loaded_workers(vllm_config) as workers:
-        weights = workers.call(worker_calls.fingerprint)
-        _check_weights(profile, weights, arguments.profile)
-        pruning = replace(pruning, weights=weights)
+        pruning = replace(pruning, weights=workers.call(worker_calls.fingerprint))
+        _check_weights(profile, pruning, arguments.profile)
         if "prune" in args.methods and any(args.ratios):
             count = selective_count("--ratios", max(args.ratios), 0, pruning.num_layers)
             trial = WorkersTrial(workers, pruning.texts, pruning.method)
@@ -88,16 +88,14 @@ def run(arguments: argparse.Namespace) -> int:
         if not results.cosines:
             head = segments[0][:HEAT_MAP_TOKENS]
             results.cosines = workers.call(worker_calls.cosines_to_sink, head)
-        max_length = int(model_config.max_model_len)
+
         shown: list[Run] = []
         for number, planned in enumerate(runs, start=1):
-            measured = results.measured(planned)
-            if measured is None:
-                method = method_named(planned.method, args.method)
-                scorer = Scorer(workers, planned.layers, method)
+            found = results.measured(planned)
+            if found is None:
                 label = f"{planned.label} ({number} of {len(runs)})"
                 try:
-                    value, found = _measure(scorer, label, segments, args, tokenizer, max_length)
+                    found = _measure(workers, planned, label, segments, args, model_config)
                 except KeyboardInterrupt:
                     print(
                         f"\nstopped; {len(shown)} of {len(runs)} are kept in {results.path}: run "
@@ -105,34 +103,39 @@ def run(arguments: argparse.Namespace) -> int:
                         file=sys.stderr,
                     )
                     raise
-                measured = replace(planned, perplexity=value, tasks=found)
-                results.add(measured)
-            shown.append(measured)
+                results.add(found)
+            shown.append(found)
     results.write()
-    write_report(results, shown, args.folder / "report.html")
+    write_output(args.folder / "report.html", render(results, shown))
     print(results.table(shown))
     print(f"wrote {args.folder / 'results.json'} and {args.folder / 'report.html'}")
     return 0
 
 
 def _measure(
-    scorer: Scorer,
+    workers: Any,
+    planned: Run,
     label: str,
     segments: Sequence[Sequence[int]],
     args: EvaluateArgs,
-    tokenizer: Any,
-    max_length: int,
-) -> tuple[float, dict[str, dict[str, Any]]]:
+    model_config: Any,
+) -> Run:
     """Perplexity, and accuracy by task, with a bar for each."""
+    from orthorank_vllm.evaluate.perplexity import Scorer, perplexity
+    from orthorank_vllm.offline.workers import tokenizer_of
+
+    method = method_named(planned.method, args.method)
     with tqdm(desc=f"{label}: text", total=len(segments), unit="segments") as bar:
-        value = perplexity(scorer, segments, bar.update)
+        scorer = Scorer(workers, planned.layers, method, bar.update)
+        run = replace(planned, perplexity=perplexity(scorer, segments))
     if not args.tasks:
-        return value, {}
+        return run
     from orthorank_vllm.evaluate.tasks import accuracies
 
+    tokenizer, max_length = tokenizer_of(model_config), int(model_config.max_model_len)
     with tqdm(desc=f"{label}: tasks", unit="answers") as bar:
-        found = accuracies(scorer, args.tasks, tokenizer, max_length, args.limit, bar.update)
-    return value, found
+        scorer = replace(scorer, on_texts=bar.update)
+        return replace(run, tasks=accuracies(scorer, args.tasks, tokenizer, max_length, args.limit))
 
 
 def _identity(args: EvaluateArgs, calibration: Calibration, segments: int) -> dict[str, Any]:
@@ -153,7 +156,8 @@ def _identity(args: EvaluateArgs, calibration: Calibration, segments: int) -> di
 
 
 def _profile(path: str | None, model: dict[str, Any], method: Method) -> Profile:
-    """
+    """The profile to evaluate: the given one, or else this machine's or the shipped one.
+
     Raises:
         OptionError: it cannot be used, or there is none.
     """
@@ -174,25 +178,19 @@ def _profile(path: str | None, model: dict[str, Any], method: Method) -> Profile
     return found
 
 
-def _check_weights(profile: Profile, weights: str | None, path: str | None) -> None:
-    """What a server would take, now that the weights are loaded.
+def _check_weights(profile: Profile, calibration: Calibration, path: str | None) -> None:
+    """Look whether a server would take the profile, now that the weights are loaded.
 
     Raises:
         OptionError: it would take another profile, as this one is kept for other weights.
     """
-    if weights is None or profile.weights in (None, weights):
+    if calibration.weights is None or profile.weights in (None, calibration.weights):
         return
     told = f"the profile {profile.name} was measured on other weights of this shape"
     if path is not None or profile in shipped_profiles():
         print(f"note: {told}", file=sys.stderr)
         return
-    own = cached_path(
-        cache_root(),
-        profile.model["config_sha256"],
-        weights,
-        profile.keep,
-        profile.window,
-    )
+    own = default_output(calibration)
     give = f"give --profile {own}" if own.exists() else "run `orthorank calibrate` on these"
     raise OptionError(f"--profile: {told}, and a server would not take it; {give}")
 

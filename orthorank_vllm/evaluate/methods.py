@@ -15,7 +15,7 @@ class Prune(Method):
 
 
 class Random(Method):
-    """As many tokens of each segment, drawn at random."""
+    """The rule with as many tokens of each segment, drawn at random."""
 
     name = "random"
     description = "as many tokens in each window, drawn at random"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from orthorank_vllm.calibrate.text import Text
@@ -18,17 +18,19 @@ TOKENS_PER_FORWARD = 2048
 
 @dataclass(frozen=True)
 class Scorer:
-    """A loaded model with a method of some layers."""
+    """A loaded model with a method of some layers.
+
+    Attributes:
+        on_texts: called after each forward with the number of its texts.
+    """
 
     workers: Workers
-    layers: tuple[int, ...] = ()
-    method: Method = field(default_factory=Method)
+    layers: tuple[int, ...]
+    method: Method
+    on_texts: Callable[[int], Any]
 
     def __call__(
-        self,
-        texts: Sequence[Sequence[int]],
-        first_scored: Sequence[int],
-        on_texts: Callable[[int], Any] = lambda count: None,
+        self, texts: Sequence[Sequence[int]], first_scored: Sequence[int]
     ) -> list[TextScore]:
         """Score each text's tokens from a position on.
 
@@ -37,9 +39,8 @@ class Scorer:
         Args:
             texts: token ids, at least two in each.
             first_scored: position of the first scored token of each, at least 1.
-            on_texts: called after each forward with the number of its texts.
         """
-        scores: list[TextScore | None] = [None] * len(texts)
+        scores: dict[int, TextScore] = {}
         for indices in _forwards([len(text) for text in texts]):
             answers = self.workers.call(
                 worker_calls.score_texts,
@@ -48,10 +49,9 @@ class Scorer:
                 self.layers,
                 self.method,
             )
-            for index, answer in zip(indices, answers, strict=True):
-                scores[index] = answer
-            on_texts(len(indices))
-        return [score for score in scores if score is not None]
+            scores |= zip(indices, answers, strict=True)
+            self.on_texts(len(indices))
+        return [scores[index] for index in range(len(texts))]
 
 
 def _forwards(lengths: Sequence[int]) -> list[list[int]]:
@@ -82,12 +82,8 @@ def cut(text: Text, tokens: Sequence[int], length: int) -> list[list[int]]:
     return [list(tokens[index * length : (index + 1) * length]) for index in range(count)]
 
 
-def perplexity(
-    scorer: Scorer,
-    segments: Sequence[Sequence[int]],
-    on_texts: Callable[[int], Any] = lambda count: None,
-) -> float:
-    """Of every token but each segment's first, which has nothing before it."""
-    scores = scorer(segments, [1] * len(segments), on_texts)
+def perplexity(scorer: Scorer, segments: Sequence[Sequence[int]]) -> float:
+    """Perplexity of every token but each segment's first, which has nothing before it."""
+    scores = scorer(segments, [1] * len(segments))
     scored = sum(len(segment) - 1 for segment in segments)
     return math.exp(-sum(score.log_prob for score in scores) / scored)

@@ -15,6 +15,7 @@ from orthorank_vllm.selection.method import Method
 
 FORMAT = 1
 DENSE = "dense"
+PROFILE_KEYS = ("name", "order", "losses", "dense_loss", "data")
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Results:
 
     @classmethod
     def load(cls, path: Path, name: str, identity: dict[str, Any]) -> "Results":
-        """The file's, if it is there.
+        """The results in a file, if it is there.
 
         Raises:
             OptionError: it holds results of something else.
@@ -117,7 +118,7 @@ class Results:
         return cls(path, name, identity, runs=runs, cosines=cosines)
 
     def measured(self, planned: Run) -> Run | None:
-        """The same method with the same layers, measured already."""
+        """What was measured already of this method with these layers."""
         return next((run for run in self.runs if run.is_like(planned)), None)
 
     def add(self, run: Run) -> None:
@@ -138,13 +139,7 @@ class Results:
             "versions": self.versions,
             "runs": [asdict(run) for run in self.runs],
             "profiles": {
-                method: {
-                    "name": profile.name,
-                    "order": profile.order,
-                    "losses": profile.losses,
-                    "dense_loss": profile.dense_loss,
-                    "data": profile.data,
-                }
+                method: {key: getattr(profile, key) for key in PROFILE_KEYS}
                 for method, profile in self.profiles.items()
             },
             "cosines": self.cosines,
@@ -152,27 +147,16 @@ class Results:
         write_output(self.path, json.dumps(content) + "\n")
 
     def table(self, runs: Sequence[Run]) -> str:
-        """For a terminal: a line for each of these runs."""
-        tasks = list(self.identity["tasks"])
+        """A table for a terminal: a line for each of these runs."""
+        tasks = {task: max(16, len(task)) for task in self.identity["tasks"]}
         width = max([len("method"), *(len(run.method) for run in runs)])
-        lines = [
-            "  ".join(
-                [f"{'method':{width}}", "ratio", "perplexity", *(f"{task:>16}" for task in tasks)]
-            )
-        ]
+        header = [f"{'method':{width}}", "ratio", "perplexity"]
+        lines = [[*header, *(f"{task:>{size}}" for task, size in tasks.items())]]
         for run in runs:
-            accuracies = [_accuracy(run.tasks.get(task)) for task in tasks]
-            lines.append(
-                "  ".join(
-                    [
-                        f"{run.method:{width}}",
-                        f"{run.ratio:5.3f}",
-                        f"{run.perplexity:10.2f}",
-                        *(f"{accuracy:>16}" for accuracy in accuracies),
-                    ]
-                )
-            )
-        return "\n".join(lines)
+            cells = [f"{run.method:{width}}", f"{run.ratio:5.3f}", f"{run.perplexity:10.2f}"]
+            found = {task: _accuracy(run.tasks.get(task)) for task in tasks}
+            lines.append([*cells, *(f"{found[task]:>{size}}" for task, size in tasks.items())])
+        return "\n".join("  ".join(line) for line in lines)
 
 
 def _accuracy(found: dict[str, Any] | None) -> str:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
+from orthorank_vllm.calibrate.text import json_lines, read_utf8
 from orthorank_vllm.evaluate.perplexity import Scorer
 from orthorank_vllm.options import OptionError
 
@@ -124,31 +125,23 @@ def read_task(path: str) -> LoadedTask:
     Raises:
         OptionError: not there, empty, not JSON lines, or a line that lacks a key.
     """
-    try:
-        raw = Path(path).read_bytes()
-        lines = raw.decode().splitlines()
-    except OSError as error:
-        raise OptionError(f"--tasks {path}: it cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise OptionError(f"--tasks {path}: it is not text; give JSON lines") from None
+    content, sha256 = read_utf8(path, "--tasks", "JSON lines")
     records = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            record = _parse(line)
-            problem = _problem_of(record)
-            if problem:
-                raise OptionError(f"--tasks {path}: line {number} {problem}")
-            records.append(record)
+    for number, record in json_lines(content):
+        problem = _problem_of(record)
+        if problem:
+            raise OptionError(f"--tasks {path}: line {number} {problem}")
+        records.append(record)
     if not records:
         raise OptionError(f"--tasks {path}: it is empty; give JSON lines")
     if len({"choices" in record for record in records}) > 1:
         raise OptionError(f"--tasks {path}: it mixes choices and continuations; give one kind")
     task = ConfigurableTask(config=_config(Path(path).stem, records))
-    return LoadedTask(Path(path).stem, hashlib.sha256(raw).hexdigest(), task)
+    return LoadedTask(Path(path).stem, sha256, task)
 
 
 def _config(name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """As lm-eval takes it (its docs/task_guide.md), the prompts those of its stock tasks."""
+    """A configuration for lm-eval (its docs/task_guide.md), the prompts those of its own tasks."""
     common = {
         "task": name,
         "custom_dataset": lambda **_: {"test": Dataset.from_list(records)},
@@ -178,13 +171,6 @@ def _mean(metric: str) -> dict[str, Any]:
     return {"metric": metric, "aggregation": "mean", "higher_is_better": True}
 
 
-def _parse(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
 def _problem_of(record: Any) -> str | None:
     if not isinstance(record, dict):
         return "is not a JSON object"
@@ -212,18 +198,11 @@ def _problem_of(record: Any) -> str | None:
 class ScoringLM(TemplateLM):
     """Scores context and continuation as one prompt, as a server's `prompt_logprobs` would."""
 
-    def __init__(
-        self,
-        scorer: Scorer,
-        tokenizer: Any,
-        max_length: int,
-        on_texts: Callable[[int], Any],
-    ) -> None:
+    def __init__(self, scorer: Scorer, tokenizer: Any, max_length: int) -> None:
         super().__init__()
         self._scorer = scorer
         self.tokenizer = tokenizer
         self._max_length = max_length
-        self._on_texts = on_texts
 
     @property
     def eot_token_id(self) -> int:
@@ -242,7 +221,7 @@ class ScoringLM(TemplateLM):
             text = (context + continuation)[-self._max_length :]
             texts.append(text)
             first_scored.append(max(1, len(text) - len(continuation)))
-        scores = self._scorer(texts, first_scored, self._on_texts)
+        scores = self._scorer(texts, first_scored)
         return [(score.log_prob, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
@@ -258,11 +237,10 @@ def accuracies(
     tokenizer: Any,
     max_length: int,
     limit: int | None,
-    on_texts: Callable[[int], Any] = lambda count: None,
 ) -> dict[str, dict[str, Any]]:
-    """By task: "acc", "acc_norm" where it has one, "stderr" and "questions"."""
+    """Measure by task "acc", "acc_norm" where it has one, "stderr" and "questions"."""
     results = simple_evaluate(
-        model=ScoringLM(scorer, tokenizer, max_length, on_texts),
+        model=ScoringLM(scorer, tokenizer, max_length),
         tasks=[task.task for task in tasks],
         task_manager=TaskManager(include_defaults=False),
         limit=limit,

@@ -9,7 +9,7 @@ from orthorank_vllm import __version__
 from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.metrics import definitions
 from orthorank_vllm.metrics.collector import FOLDER_VARIABLE, metrics_folder
-from orthorank_vllm.metrics.mmap_values import Counter, Counts, Histogram, write_gauge
+from orthorank_vllm.metrics.counts import Counter, Counts, Histogram, write_gauge
 
 # vLLM shows the log lines of its own namespace only.
 logger = logging.getLogger("vllm.orthorank")

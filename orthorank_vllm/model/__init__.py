@@ -1,0 +1,1 @@
+"""A vLLM model, walked sparsely."""

@@ -1,0 +1,1 @@
+"""The method: which rows of a batch a selective layer computes. Knows nothing of vLLM."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 
-from orthorank_vllm.engine.batches import RequestFacts, batch_of
+from orthorank_vllm.engine.batches import RequestFacts, batch_of_v2
 from orthorank_vllm.engine.step_stats import Seconds
 from orthorank_vllm.selection.plan import Batch, make_plan
 
@@ -104,7 +104,7 @@ def test_the_prompt_tokens_of_a_step_are_those_that_it_computes(name: str, form:
     """Break seen: the length at which a request was added for that of its prompt."""
     rows, prompt_tokens = STEPS[name]
     step = Step(rows)
-    batch = batch_of(step.inputs(form), step.states, step.facts)
+    batch = batch_of_v2(step.inputs(form), step.states, step.facts)
     assert batch is not None
     assert batch.prompt_tokens.tolist() == prompt_tokens
     assert batch.query_len.tolist() == [row.scheduled for row in rows]
@@ -116,22 +116,22 @@ def test_the_prompt_tokens_of_a_step_are_those_that_it_computes(name: str, form:
 @pytest.mark.parametrize("form", ["0.26", "0.32"])
 def test_steps_without_prompt_tokens_have_no_batch(form: str) -> None:
     decoding = Step([Row(2, 90, 1, 40), Row(3, 57, 4, 57)])
-    assert batch_of(decoding.inputs(form), decoding.states, decoding.facts) is None
+    assert batch_of_v2(decoding.inputs(form), decoding.states, decoding.facts) is None
     resumed = Step([Row(2, 60, 10, 40, prefill=70)])
-    assert batch_of(resumed.inputs(form), resumed.states, resumed.facts) is None
+    assert batch_of_v2(resumed.inputs(form), resumed.states, resumed.facts) is None
 
 
 def test_dummy_batches_have_no_batch_whatever_the_slots_held_before() -> None:
     """Break seen: stale prompt lengths taken for those of the dummy's requests."""
     stale = Step([Row(slot, 0, 9, 500) for slot in range(4)])
-    assert batch_of(dummy(4), stale.states, stale.facts) is None
+    assert batch_of_v2(dummy(4), stale.states, stale.facts) is None
 
 
 def test_all_rows_are_read_if_one_request_wants_its_prompts_log_probabilities() -> None:
     rows = [Row(1, 90, 1, 40), Row(2, 0, 150, 150)]
     for wants in (False, True):
         step = Step([replace(row, wants_prompt=wants) for row in rows[:1]] + rows[1:])
-        batch = batch_of(step.inputs("0.32"), step.states, step.facts)
+        batch = batch_of_v2(step.inputs("0.32"), step.states, step.facts)
         assert batch is not None
         assert batch.wants_all_rows == wants
 
@@ -168,7 +168,7 @@ def test_rows_that_vllm_reads_are_read_whatever_is_left_of_prompts(
     rows += [Row(slot, 64, left + padding, 64 + left) for slot in range(1, 1 + requests)]
     rows += [Row(7, 0, 140, 140)]
     step = Step(rows)
-    batch = batch_of(step.inputs(form), step.states, step.facts)
+    batch = batch_of_v2(step.inputs(form), step.states, step.facts)
     assert batch is not None
     assert batch.prompt_tokens.tolist() == [0, *[left] * requests, 140]
     plan = make_plan(batch, 1 / 3, 128)

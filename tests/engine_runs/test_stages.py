@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.sequence import IntermediateTensors
-from orthorank_vllm.engine.prefill import OrthoRank
+from orthorank_vllm.engine.prefill import SparsePrefill
 from tests.support.reference import Reference, Rule
 from tests.support.replay import Engine, Job, replay
 path, layers, first_of_second, prompts = arguments
@@ -39,7 +39,7 @@ def stage(start, end):
     if end == len(held):
         parts["norm"] = whole.norm
     parts["embed_input_ids"] = whole.embed_input_ids if start == 0 else None
-    made = OrthoRank(engine.llm.llm_engine.vllm_config, SimpleNamespace(**parts))
+    made = SparsePrefill(engine.llm.llm_engine.vllm_config, SimpleNamespace(**parts))
     made._counter = None
     return made
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orthorank_vllm.calibrate.text import built_in_text
@@ -47,6 +48,17 @@ def folder(small_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> P
     (folder / "test.txt").write_text(built_in_text().content[200_000:203_500])
     for name, records in (("capitals", QUESTIONS), ("next", CONTINUATIONS)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    # The second as a task of lm-eval's.
+    task = {
+        "task": "next",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "next.jsonl")}},
+        "test_split": "test",
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{context}}",
+        "doc_to_target": "{{continuation}}",
+    }
+    (folder / "next.yaml").write_text(yaml.safe_dump(task))
     model = model_identity(AutoConfig.from_pretrained(small_model_path))
     data = {"name": "t", "sha256": "0" * 64, "tokens": 512, "length": 512}
     losses = (5.0, 5.5, 6.0)
@@ -60,7 +72,7 @@ def options(folder: Path) -> list[str]:
     return [
         *("--dtype", "float32", "--data", str(folder / "test.txt"), "--length", "256"),
         *("--ratios", "0,0.2", "--profile", str(folder / "profile.json")),
-        *("--tasks", str(folder / "capitals.jsonl"), str(folder / "next.jsonl")),
+        *("--tasks", str(folder / "capitals.jsonl"), str(folder / "next.yaml")),
         *("--breadth", "1", "-o", str(folder / "out")),
     ]
 

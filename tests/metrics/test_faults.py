@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
-from orthorank_vllm.metrics import collector, complaints, mmap_values
+from orthorank_vllm.metrics import collector, complaints, counts
 from orthorank_vllm.metrics.recorder import WorkerMetrics
 from tests.metrics.breaks import (
     Fault,
@@ -74,7 +74,7 @@ def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
     path.mkdir()
     monkeypatch.setenv(collector.FOLDER_VARIABLE, os.fspath(path))
     # The tests say when a file is looked after.
-    monkeypatch.setattr(mmap_values, "_keep", lambda counts: None)
+    monkeypatch.setattr(counts, "_keep", lambda counts: None)
     return Setting(path)
 
 
@@ -184,7 +184,7 @@ def test_nobody_has_to_look_after_the_file(tmp_path: Path, monkeypatch: pytest.M
     working = worker()
     count(working)
     shutil.rmtree(setting.path)
-    deadline = time.monotonic() + 3 * mmap_values.CHECK_SECONDS
+    deadline = time.monotonic() + 3 * counts.CHECK_SECONDS
     while setting.up != 1:
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -3,7 +3,7 @@
 import re
 
 from orthorank_vllm.calibrate.text import built_in_text
-from orthorank_vllm.evaluate.lookups import LINES, QUESTION, make_lookups
+from tools.lookups import LINES, QUESTION, make_lookups
 
 
 def test_each_answer_stands_once_in_its_list_beside_the_word_that_is_asked_for() -> None:
