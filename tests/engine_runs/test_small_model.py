@@ -22,4 +22,5 @@ def test_every_call_of_attention_and_every_forward_agree_with_stock(tmp_path: Pa
     assert all(difference <= 1e-4 for difference in found["attention"])
     assert found["ratio"] <= 0.02
     assert found["dense"] <= 1e-3
+    assert found["ways"] < found["sparse"]
     assert found["sparse"] > 0.05, "a model so dull that nothing could be seen"

@@ -50,10 +50,8 @@ def test_without_a_selective_layer_our_forward_is_stocks(
     if "dense" not in found:
         pytest.skip("an 8-bit cache rounds what the two compute alike")
     assert found["dense"] <= 0.05
-    # Float noise changes which tokens win where two scores are close, so no bound on these is
-    # right; but a model in which nothing could be seen proves nothing.
-    assert found["sparse"] > 0.05
-    print(f"log-probabilities apart: ways to attend {found['ways']:.2g}, {found['sparse']:.2g}")
+    # Float noise changes which tokens win where two scores are close: no narrower bound is right.
+    assert found["ways"] < found["sparse"]
 
 
 def test_the_counters_have_the_configured_ratio(compared: tuple[dict[str, Any], float]) -> None:
