@@ -24,7 +24,7 @@ from orthorank_vllm.config import selective_count
 from orthorank_vllm.evaluate.args import EvaluateArgs, add_arguments
 from orthorank_vllm.evaluate.methods import method_named
 from orthorank_vllm.evaluate.report import render
-from orthorank_vllm.evaluate.results import Results, Run, plan_runs
+from orthorank_vllm.evaluate.results import DENSE, Results, Run, plan_runs
 from orthorank_vllm.files import write_output
 from orthorank_vllm.options import OptionError
 from orthorank_vllm.profiles import (
@@ -124,7 +124,8 @@ def _measure(
     from orthorank_vllm.evaluate.perplexity import Scorer, perplexity
     from orthorank_vllm.offline.workers import tokenizer_of
 
-    method = method_named(planned.method, args.method)
+    is_dense = planned.method == DENSE
+    method = args.method if is_dense else method_named(planned.method, args.method)
     with tqdm(desc=f"{label}: text", total=len(segments), unit="segments") as bar:
         scorer = Scorer(workers, planned.layers, method, bar.update)
         run = replace(planned, perplexity=perplexity(scorer, segments))
