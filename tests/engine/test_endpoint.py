@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from orthorank_vllm.engine.endpoint import StatusRoute, is_allowed
+from orthorank_vllm.metrics import collector
 
 Serve = Callable[..., TestClient]
 
@@ -16,6 +17,9 @@ Serve = Callable[..., TestClient]
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    # Not the counts of an engine that this process ran before.
+    monkeypatch.setattr(collector, "_collector", None)
+    monkeypatch.delenv(collector.FOLDER_VARIABLE, raising=False)
     with ExitStack() as running:
 
         def start(api_key: list[str] | None = None, root_path: str = "") -> TestClient:

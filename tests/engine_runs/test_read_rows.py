@@ -5,6 +5,7 @@ at once, and then reads the prompt's last row although it is not the request's l
 """
 
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def engine(model_folder: str) -> Engine:
-    return Engine(
+def engine(model_folder: str) -> Iterator[Engine]:
+    yield Engine(
         model_folder,
         enforce_eager=True,
         skip_tokenizer_init=True,
@@ -53,6 +54,9 @@ def engine(model_folder: str) -> Engine:
         },
         additional_config={"orthorank": {"layers": LAYERS, "window": WINDOW}},
     )
+    # Speculation imported it. vLLM looks through all modules when the process's next engine starts,
+    # and what this one holds says that it has a `__dict__` which is none.
+    sys.modules.pop("llvmlite.binding.ffi", None)
 
 
 @pytest.fixture(scope="module")
