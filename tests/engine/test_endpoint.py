@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from vllm import envs
 
 from orthorank_vllm.engine.endpoint import StatusRoute, is_allowed
 from orthorank_vllm.metrics import collector
@@ -16,7 +17,7 @@ Serve = Callable[..., TestClient]
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    monkeypatch.setitem(vars(envs), "VLLM_API_KEY", None)
     # Not the counts of an engine that this process ran before.
     monkeypatch.setattr(collector, "_collector", None)
     monkeypatch.delenv(collector.FOLDER_VARIABLE, raising=False)
@@ -46,7 +47,8 @@ def test_the_route_is_found_behind_a_proxys_path(serve: Serve) -> None:
 
 def test_the_route_wants_one_of_the_keys(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the command line go before the environment's, as in vLLM."""
-    monkeypatch.setenv("VLLM_API_KEY", "environment")
+    # Not by the environment: vLLM remembers that from its process's first engine on.
+    monkeypatch.setitem(vars(envs), "VLLM_API_KEY", "environment")
     for client, right in (
         (serve(["one", "two"]), ("one", "two")),
         (serve(), ("environment",)),
