@@ -52,7 +52,7 @@ DEPLOY_RUNS   = $(DEPLOY_CHECKS) buildah podman runc catatonit mmdebstrap nginx-
 .PHONY: help venv model browser serve test lint bench gpu-check deploy-lint deploy-test deploy-clean clean distclean
 
 help:
-	@echo "make venv       the virtual environment $(VENV) (PYTHON=$(PYTHON), 3.4 GB)"
+	@echo "make venv       the virtual environment $(VENV) (PYTHON=$(PYTHON), 4.1 GB)"
 	@echo "make model      SmolLM2-135M-Instruct in $(FETCHED) (93 MB to download)"
 	@echo "make browser    Debian's chromium, for the test of the report; as root"
 	@echo "make serve      the server on $(HOST):$(PORT) (MODEL= NAME= RATIO=$(RATIO) HOST= PORT= ARGS=; ORTHORANK= is stock vLLM)"
@@ -93,7 +93,7 @@ $(SERVE_STAMP): requirements/cpu.lock pyproject.toml tools/vllm-metadata/pyproje
 	@rm $(PARTIAL) && touch $@
 
 $(STAMP): $(SERVE_STAMP) $(MORE_LOCKS)
-	@echo "venv: adding what evaluation, tests and checks need (2.4 GB)"
+	@echo "venv: adding what evaluation, tests and checks need (1.9 GB)"
 	@touch $(PARTIAL)
 	@$(PIP_INSTALL) $(MORE_LOCKS:%=-r %)
 	@rm $(PARTIAL) && touch $@
