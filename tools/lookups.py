@@ -11,47 +11,30 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import random
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from orthorank_vllm.bench.servers import ENVIRONMENT
-from orthorank_vllm.calibrate.text import built_in_text, read_text
+from orthorank_vllm.calibrate.kinds import make_samples
+from orthorank_vllm.calibrate.text import Text, built_in_text, read_text
 
 QUIET = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
-LINES = 40
-# About 400 tokens; with the list, a prompt has some 700.
-PARAGRAPH_CHARACTERS = 1600
-QUESTION = "The code from the list:"
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """A prompt that ends with one of its list's words, and that word's number."""
+    """A prompt's tokens, which end with one of its list's words, and that word's number."""
 
-    prompt: str
+    prompt: list[int]
     answer: str
 
 
-def make_lookups(content: str, count: int, seed: int = 0) -> list[Lookup]:
-    """Look-ups of different words and numbers, with paragraphs of `content` in between.
-
-    Args:
-        content: ordinary text; its words of five to nine letters name the numbers.
-    """
-    numbers = random.Random(seed)
-    words = sorted(set(re.findall(r"\b[a-z]{5,9}\b", content)))
-    return [_lookup(numbers, words, content) for _ in range(count)]
-
-
-def _lookup(numbers: random.Random, words: list[str], content: str) -> Lookup:
-    listed = {word: str(numbers.randrange(1000, 10000)) for word in numbers.sample(words, LINES)}
-    start = numbers.randrange(max(len(content) - PARAGRAPH_CHARACTERS, 1))
-    paragraphs = content[start : start + PARAGRAPH_CHARACTERS].partition("\n")[2]
-    asked = numbers.choice(list(listed))
-    lines = "\n".join(f"{word}: {number}" for word, number in listed.items())
-    return Lookup(f"{lines}\n\n{paragraphs}\n\n{QUESTION}\n{asked}:", listed[asked])
+def make_lookups(text: Text, tokenizer: Any, count: int, seed: int = 0) -> list[Lookup]:
+    """Look-ups of different words and numbers, with paragraphs of the text in between."""
+    return [
+        Lookup(list(sample.prompt), tokenizer.decode(sample.tokens[sample.prompt_len :]).strip())
+        for sample in make_samples("look-up", text, tokenizer, count, seed=seed)
+    ]
 
 
 def found_by(model: str, ratio: float, lookups: list[Lookup]) -> list[bool]:
@@ -61,7 +44,8 @@ def found_by(model: str, ratio: float, lookups: list[Lookup]) -> list[bool]:
     options: dict[str, Any] = {"additional_config": {"orthorank": {"ratio": ratio}}}
     llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=2048, **options)
     params = SamplingParams(temperature=0, max_tokens=8)
-    outputs = llm.generate([lookup.prompt for lookup in lookups], params, use_tqdm=False)
+    prompts: list[Any] = [{"prompt_token_ids": lookup.prompt} for lookup in lookups]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     answers = [output.outputs[0].text.strip() for output in outputs]
     del llm
     gc.collect()
@@ -79,8 +63,11 @@ def main() -> None:
     arguments = parser.parse_args()
     for name, value in {**ENVIRONMENT, **QUIET}.items():
         os.environ.setdefault(name, value)
+    from transformers import AutoTokenizer
+
     text = read_text(arguments.data) if arguments.data else built_in_text()
-    lookups = make_lookups(text.content, arguments.count)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    lookups = make_lookups(text, tokenizer, arguments.count)
     dense = found_by(arguments.model, 0.0, lookups)
     print(f"dense: {sum(dense)} of {len(dense)} found ({sum(dense) / len(dense):.0%})", flush=True)
     for ratio in map(float, arguments.ratios.split(",")):

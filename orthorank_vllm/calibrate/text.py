@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,27 @@ from typing import Any
 from orthorank_vllm.options import OptionError
 
 BUILT_IN = "pydoc_data.topics"
+HELD_BACK = "Python's standard library"
+# Long modules that explain themselves, of every version of Python; none is there for tests only.
+HELD_BACK_FILES = (
+    "argparse.py",
+    "contextlib.py",
+    "difflib.py",
+    "email/message.py",
+    "fractions.py",
+    "heapq.py",
+    "ipaddress.py",
+    "logging/__init__.py",
+    "mailbox.py",
+    "pickletools.py",
+    "random.py",
+    "shutil.py",
+    "statistics.py",
+    "subprocess.py",
+    "textwrap.py",
+    "typing.py",
+    "urllib/request.py",
+)
 # A token of any common tokenizer is seldom longer, so this many characters hold enough of them.
 CHARACTERS_PER_TOKEN = 16
 
@@ -33,6 +55,16 @@ def built_in_text() -> Text:
 
     content = "\n".join(topics[name] for name in sorted(topics))
     return Text(BUILT_IN, content, hashlib.sha256(content.encode()).hexdigest())
+
+
+def held_back_text() -> Text:
+    """Python's own library, code and what it says of itself: text to check on, about a megabyte.
+
+    It is of another kind than the built-in text, so what was fitted on that has not seen it.
+    """
+    folder = Path(os.__file__).parent
+    content = "\n\n".join((folder / name).read_text(encoding="utf-8") for name in HELD_BACK_FILES)
+    return Text(HELD_BACK, content, hashlib.sha256(content.encode()).hexdigest())
 
 
 def read_text(path: str, option: str = "--data") -> Text:

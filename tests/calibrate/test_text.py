@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from orthorank_vllm.calibrate.text import Text, built_in_text, read_text, segments
+from orthorank_vllm.calibrate.text import Text, built_in_text, held_back_text, read_text, segments
 from orthorank_vllm.options import OptionError
 
 
@@ -60,6 +60,17 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_the_built_in_text_is_long_enough_for_any_calibration() -> None:
     assert len(built_in_text().content) > 300_000
+
+
+def test_the_held_back_text_is_long_known_by_its_content_and_of_another_kind() -> None:
+    text = held_back_text()
+    assert len(text.content) > 300_000
+    assert text == held_back_text()
+    assert text.sha256 == hashlib.sha256(text.content.encode()).hexdigest()
+    assert text.name != built_in_text().name
+    lines = set(filter(None, text.content.splitlines()))
+    shared = lines & set(built_in_text().content.splitlines())
+    assert len(shared) < len(lines) / 50
 
 
 def test_segments_come_from_all_over_the_text_and_start_as_a_prompt_does() -> None:
