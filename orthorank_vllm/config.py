@@ -1,12 +1,21 @@
 """Which layers are selective: the options, resolved for one model."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from orthorank_vllm.options import LAYERS, PROFILE, RATIO, OptionError, Options
+from orthorank_vllm.options import (
+    AUTO,
+    DEFAULT_MAX_LOSS,
+    LAYERS,
+    PROFILE,
+    RATIO,
+    LayerKeep,
+    OptionError,
+    Options,
+)
 from orthorank_vllm.profiles import (
+    Cost,
     Profile,
     ProfileError,
     kept_profiles,
@@ -14,13 +23,13 @@ from orthorank_vllm.profiles import (
     shipped_profile,
 )
 
-# Without a measured order, the first layers (which form the sink) and the last
-# ones (which form the prediction) stay dense.
-UNMEASURED_DENSE_HEAD = 3
-UNMEASURED_DENSE_TAIL = 2
-# Of look-ups: with fewer found a start warns.
-FEW_LOOKUPS = 0.9
-EVEN_SPACING = "even spacing, not measured"
+# An expected loss above the one, or a share of found numbers below the other, is worth a warning.
+MUCH_LOSS = 0.1
+FEW_FOUND = 0.95
+UNMEASURED = "the last layers, not measured"
+# Of layers that are not measured, at least so many stay dense: the first form the sink, and what is
+# looked up is found in the middle.
+UNMEASURED_DENSE = 0.5
 
 # Why a start does not measure, and what would help.
 NO_WEIGHTS = (
@@ -40,62 +49,98 @@ class OrthoRankConfig:
     """What is run: options resolved for one model. Travels to every worker as a dict.
 
     Attributes:
-        to_choose: layers that are still to be chosen when the weights are loaded; 0
-            where `layers` is final.
+        ratio_asked: None where layers were given without one, or the ratio is to be found.
+        max_loss: what the ratio is to be found by; None where it is given.
+        keep: of every layer, if given by hand.
+        layers: in the profile's order; may be none.
+        to_choose: the layers are still to be chosen when the weights are loaded.
         measured_on: fingerprint of the weights that `layers` were measured on; empty
             where nothing was measured, or it is not known.
-        lookups: share of the numbers in a list in its prompt that is found, of those that the
-            dense model finds; None where that was not measured.
-        remedy: what would get measured layers, where these are guessed.
+        expected: what an answer loses, where that was measured, and the largest ratio that
+            loses little, `advised`.
+        remedy: what would get what was asked for, where this is less.
     """
 
     ratio_asked: float | None
-    keep: float
     window: int
-    layers: tuple[int, ...]
+    tail: int
     num_layers: int
-    source: str
-    to_choose: int = 0
+    max_loss: float | None = None
+    keep: float | None = None
+    layers: tuple[LayerKeep, ...] = ()
+    source: str = ""
+    to_choose: bool = False
     calibrate_seconds: float = 0.0
     attention: str = "auto"
     measured_on: str = ""
-    lookups: float | None = None
+    expected: Cost | None = None
+    advised: float | None = None
     remedy: str = ""
 
     @property
     def ratio(self) -> float:
         """The ratio reached: the fraction of token-layer updates that prefill skips."""
-        return len(self.layers) * (1 - self.keep) / self.num_layers
+        return ratio_of(self.layers, self.num_layers)
+
+    @property
+    def keeps(self) -> tuple[float, ...]:
+        """The keeps of the layers, each once."""
+        return tuple(dict.fromkeys(keep for _, keep in self.layers if keep is not None))
 
     @property
     def measured(self) -> bool:
-        """Whether the layers were measured, or given by hand."""
+        """Whether the layers were measured, or given by hand, and are all that was asked for."""
         return not self.remedy
 
     def as_dict(self) -> dict[str, Any]:
         """The configuration in JSON types: vLLM hashes its additional_config by `json.dumps`."""
-        return {**asdict(self), "layers": list(self.layers)}
+        return {**asdict(self), "layers": [list(layer) for layer in self.layers]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "OrthoRankConfig":
-        return cls(**{**values, "layers": tuple(values["layers"])})
-
-    def with_layers(self, layers: Sequence[int], source: str) -> "OrthoRankConfig":
-        """A copy whose layers are chosen."""
-        layers = tuple(sorted(layers))
-        return replace(self, layers=layers, source=source, to_choose=0, calibrate_seconds=0.0)
-
-    def with_profile(self, profile: Profile) -> "OrthoRankConfig":
-        """A copy with the first layers of a profile, as many as are to be chosen."""
-        chosen = self.with_layers(profile.order[: self.to_choose], profile.describe(self.keep))
-        return replace(
-            chosen,
-            measured_on=profile.weights or "",
-            lookups=profile.lookups_with(self.to_choose, self.keep, self.window),
+        expected = values["expected"]
+        return cls(
+            **{
+                **values,
+                "layers": tuple(LayerKeep(*layer) for layer in values["layers"]),
+                "expected": None if expected is None else Cost(**expected),
+            }
         )
 
-    def evenly_spaced(self, reason: str, remedy: str) -> "OrthoRankConfig":
-        """A copy with layers that nothing was measured for.
+    def with_layers(self, layers: Sequence[LayerKeep], source: str) -> "OrthoRankConfig":
+        """A copy whose layers are chosen."""
+        return replace(
+            self, layers=tuple(layers), source=source, to_choose=False, calibrate_seconds=0.0
+        )
+
+    def entries_needed(self, profile: Profile) -> int | None:
+        """How many of a profile's entries make the ratio; None if it has too few."""
+        if self.ratio_asked is None:
+            return len(profile.entries)
+        for count in range(1, len(profile.entries) + 1):
+            if ratio_of(self._of(profile, count), self.num_layers) > self.ratio_asked - 1e-9:
+                return count
+        return None
+
+    def with_profile(self, profile: Profile, source: str = "") -> "OrthoRankConfig":
+        """A copy with the first entries of a profile, all of them where they are too few.
+
+        Args:
+            source: for the start-up line; by itself the profile's name.
+        """
+        source = source or f"profile {profile.name}"
+        if self.ratio_asked is None:
+            count = self._entries_within(profile)
+        else:
+            count = self.entries_needed(profile) or len(profile.entries)
+        chosen = self.with_layers(self._of(profile, count), source)
+        chosen = replace(chosen, measured_on=profile.weights or "")
+        if not self._is_of(profile):
+            return chosen
+        return replace(chosen, expected=_expected(profile, count), advised=_advised(profile))
+
+    def unmeasured(self, reason: str, remedy: str) -> "OrthoRankConfig":
+        """A copy with layers that nothing was measured for: the last ones.
 
         Args:
             reason, remedy: why that is so, and what would help.
@@ -103,47 +148,117 @@ class OrthoRankConfig:
         Raises:
             OptionError: there are too few that may be guessed.
         """
-        assert self.ratio_asked is not None
-        candidates = self.num_layers - UNMEASURED_DENSE_HEAD - UNMEASURED_DENSE_TAIL
-        if self.to_choose > candidates:
+        if self.ratio_asked is None:
+            return self.dense(reason, remedy)
+        keep = 0.0 if self.keep is None else self.keep
+        most = int(self.num_layers * (1 - UNMEASURED_DENSE))
+        count = -int(-(self.ratio_asked * self.num_layers / (1 - keep) - 1e-9) // 1)
+        if count > most:
             raise RATIO.rejected(
                 self.ratio_asked,
-                f"it needs {self.to_choose} selective layers, and of layers that are not measured "
-                f"({reason}) only {max(candidates, 0)} of this model's {self.num_layers} may be; "
+                f"it needs {count} selective layers, and of layers that are not measured "
+                f"({reason}) only the last {most} of this model's {self.num_layers} may be; "
                 f"{remedy}",
             )
-        layers = [
-            UNMEASURED_DENSE_HEAD + (2 * i + 1) * candidates // (2 * self.to_choose)
-            for i in range(self.to_choose)
-        ]
-        chosen = self.with_layers(layers, f"{EVEN_SPACING}: {reason}")
-        return replace(chosen, remedy=remedy)
+        layers = [LayerKeep(self.num_layers - 1 - index, keep) for index in range(count)]
+        return replace(self.with_layers(layers, f"{UNMEASURED}: {reason}"), remedy=remedy)
+
+    def dense(self, reason: str, remedy: str) -> "OrthoRankConfig":
+        """A copy without selective layers: stock prefill.
+
+        Args:
+            reason, remedy: why that is so, and what would help.
+        """
+        return replace(self.with_layers((), f"nothing: {reason}"), remedy=remedy)
 
     def describe(self) -> str:
         """The start-up line."""
-        asked = "" if self.ratio_asked is None else f" (asked for {self.ratio_asked:.3g})"
+        asked = ""
+        if self.max_loss is not None:
+            asked = f" (auto: at most {self.max_loss:.3g} nats lost)"
+        elif self.ratio_asked is not None:
+            asked = f" (asked for {self.ratio_asked:.3g})"
         window = f"window {self.window}" if self.window else "window: whole prompt"
+        expected = "" if self.expected is None else f", expected loss {describe(self.expected)}"
         return (
-            f"OrthoRank is active: ratio {self.ratio:.3f}{asked}, keep {self.keep:.3f}, {window}, "
+            f"OrthoRank is active: ratio {self.ratio:.3f}{asked}, {window}, tail {self.tail}, "
             f"{len(self.layers)} of {self.num_layers} layers selective "
-            f"[{','.join(map(str, self.layers))}], chosen by {self.source}"
+            f"[{','.join(map(str, self.layers))}], chosen by {self.source}{expected}"
         )
 
-    def describe_lookups(self) -> str:
-        """What the layers do to finding things in a prompt; empty where next to nothing is lost."""
-        if self.lookups is None:
+    def warning(self) -> str:
+        """What these layers cost, if that is much, or that nobody knows; else empty."""
+        if not self.layers:
+            return ""
+        if self.expected is None:
             return (
-                "OrthoRank has not measured whether the model still finds things in its prompt "
-                "with these layers: look-ups can fail where prose looks well. Try your own before "
-                "you serve it."
+                "OrthoRank does not know what answers lose with these layers: measure it with "
+                "`orthorank evaluate`, look-ups above all, before you serve them."
             )
-        if self.lookups < FEW_LOOKUPS:
-            return (
-                f"With these layers the model finds {self.lookups:.0%} of the numbers in a list in "
-                "its prompt that it finds without OrthoRank: do not serve prompts in which things "
-                "must be found at this ratio."
-            )
-        return ""
+        found = 1.0 if self.expected.found is None else self.expected.found
+        if self.max_loss is not None or (self.expected.worst <= MUCH_LOSS and found >= FEW_FOUND):
+            return ""
+        advice = (
+            "give --orthorank-ratio 0"
+            if self.advised is None
+            else f"--orthorank-ratio {self.advised:.3g} keeps them"
+        )
+        return (
+            f"OrthoRank expects answers to lose {describe(self.expected)} at this ratio, more than "
+            f"{MUCH_LOSS:g} nats on the worst kind of text or more than {1 - FEW_FOUND:.0%} of "
+            f"the look-ups: {advice}."
+        )
+
+    def _of(self, profile: Profile, count: int) -> list[LayerKeep]:
+        return [
+            entry.layer_keep if self.keep is None else LayerKeep(entry.layer, self.keep)
+            for entry in profile.entries[:count]
+        ]
+
+    def _is_of(self, profile: Profile) -> bool:
+        """Whether the profile's costs are of what is run."""
+        rule = (profile.window, profile.tail) == (self.window, self.tail)
+        return rule and self.keep is None
+
+    def _entries_within(self, profile: Profile) -> int:
+        assert self.max_loss is not None
+        within = [
+            count
+            for count in range(1, len(profile.entries) + 1)
+            if (cost := _expected(profile, count)) is not None and cost.worst <= self.max_loss
+        ]
+        return max(within, default=0)
+
+
+def ratio_of(layers: Sequence[LayerKeep], num_layers: int) -> float:
+    """The ratio that these layers reach."""
+    return sum(1 - (keep or 0.0) for _, keep in layers) / num_layers
+
+
+def describe(cost: Cost) -> str:
+    """A cost in one line: nats per answer token by kind of text, and the numbers found."""
+    losses = ", ".join(f"{kind} {loss:.3f}" for kind, loss in cost.loss.items())
+    found = "" if cost.found is None else f"; {cost.found:.0%} of numbers found"
+    return f"{losses} nats a token{found}"
+
+
+def _expected(profile: Profile, count: int) -> Cost | None:
+    if not count:
+        return None
+    entry = profile.entries[count - 1]
+    return entry.held_back or entry.cost
+
+
+def _advised(profile: Profile) -> float | None:
+    """The largest of a profile's ratios at which an answer loses little."""
+    little = [
+        ratio
+        for count, ratio in enumerate(profile.ratios, start=1)
+        if (cost := _expected(profile, count)) is not None
+        and cost.worst <= MUCH_LOSS
+        and (cost.found is None or cost.found >= FEW_FOUND)
+    ]
+    return max(little, default=None)
 
 
 def resolve(
@@ -165,85 +280,74 @@ def resolve(
         OptionError: the options do not fit this model.
     """
     num_layers = int(model["num_hidden_layers"])
+    is_auto = options.ratio == AUTO
+    max_loss = DEFAULT_MAX_LOSS if options.max_loss is None else options.max_loss
     config = OrthoRankConfig(
-        ratio_asked=options.ratio,
+        ratio_asked=None if is_auto else options.ratio,
+        max_loss=max_loss if is_auto else None,
         keep=options.keep,
         window=options.window,
-        layers=(),
+        tail=options.tail,
         num_layers=num_layers,
-        source="",
         attention=options.attention,
     )
     if options.layers is not None:
         _check_layers(options, num_layers)
-        return config.with_layers(options.layers, "--orthorank-layers")
-    assert options.ratio is not None
-    count = selective_count(RATIO.flag, options.ratio, options.keep, num_layers)
-    config = replace(config, to_choose=count)
+        return config.with_layers(options.layer_keeps, LAYERS.flag)
     if options.profile is not None:
-        return config.with_profile(_given_profile(options.profile, model, options.ratio, count))
+        return config.with_profile(_given_profile(options.profile, model, config))
+    to_choose = replace(config, to_choose=True)
     if has_weights:
-        config = replace(config, calibrate_seconds=options.calibrate_seconds)
-        if kept_profiles(cache_root, model["config_sha256"], options.keep, options.window):
-            return config
+        to_choose = replace(to_choose, calibrate_seconds=options.calibrate_seconds)
+        if kept_profiles(cache_root, model["config_sha256"], options.window, options.tail):
+            return to_choose
     shipped = shipped_profile(model)
-    if shipped is not None and count <= len(shipped.order):
+    if shipped is not None and config.entries_needed(shipped) is not None:
         return config.with_profile(shipped)
     if not has_weights:
-        return config.evenly_spaced(*NO_WEIGHTS)
+        return config.unmeasured(*NO_WEIGHTS)
     if options.calibrate_seconds:
-        return config
+        return to_choose
     if shipped is not None:
-        raise RATIO.rejected(options.ratio, _ranks_too_few(shipped, options.ratio, count))
-    return config.evenly_spaced(*CALIBRATION_OFF)
-
-
-def selective_count(option: str, ratio: float, keep: float, num_layers: int) -> int:
-    """`ratio x layers / (1 - keep)`, rounded half up.
-
-    Raises:
-        OptionError: it is none, or more than there are; names `option`.
-    """
-    # The small term keeps a half a half: 0.3 x 30 / (2/3) is 13.5, not 13.49999.
-    count = math.floor(ratio * num_layers / (1 - keep) + 0.5 + 1e-9)
-    if not 0 < count <= num_layers:
-        raise OptionError(
-            option,
-            ratio,
-            f"it makes {count} of this model's {num_layers} layers selective; "
-            f"give {(1 - keep) / num_layers:.4g} to {1 - keep:.4g}",
-        )
-    return count
+        raise RATIO.rejected(options.ratio, _reaches_too_little(shipped, config))
+    return config.unmeasured(*CALIBRATION_OFF)
 
 
 def _check_layers(options: Options, num_layers: int) -> None:
-    assert options.layers is not None
-    given = ",".join(map(str, options.layers))
-    if max(options.layers) >= num_layers:
-        raise LAYERS.rejected(given, f"this model has layers 0 to {num_layers - 1}")
+    layers = options.layer_keeps
+    given = ",".join(map(str, options.layers or ()))
+    if max(layer for layer, _ in layers) >= num_layers:
+        raise LAYERS.rejected(
+            given,
+            f"this model has layers 0 to {num_layers - 1} (in a YAML list a layer with its keep "
+            'has quotes, "29:0")',
+        )
     if options.ratio is not None:
-        one_layer = (1 - options.keep) / num_layers
-        reached = len(options.layers) * one_layer
+        reached = ratio_of(layers, num_layers)
+        one_layer = max(1 - (keep or 0.0) for _, keep in layers) / num_layers
         if abs(reached - options.ratio) > one_layer + 1e-9:
             raise LAYERS.rejected(
                 given,
-                f"these {len(options.layers)} layers reach ratio {reached:.3f}, "
+                f"these {len(layers)} layers reach ratio {reached:.3f}, "
                 f"which does not agree with --orthorank-ratio {options.ratio:.4g}",
             )
 
 
-def _given_profile(path: str, model: Mapping[str, Any], ratio: float, count: int) -> Profile:
+def _given_profile(path: str, model: Mapping[str, Any], config: OrthoRankConfig) -> Profile:
     try:
         profile = read_profile_of(model, path)
     except ProfileError as error:
         raise PROFILE.rejected(path, str(error)) from None
-    if count > len(profile.order):
-        raise PROFILE.rejected(path, _ranks_too_few(profile, ratio, count))
+    if config.entries_needed(profile) is None:
+        raise PROFILE.rejected(path, _reaches_too_little(profile, config))
+    if config.max_loss is not None and not any(e.cost or e.held_back for e in profile.entries):
+        raise PROFILE.rejected(path, "--orthorank-ratio auto goes by its losses, and it has none")
     return profile
 
 
-def _ranks_too_few(profile: Profile, ratio: float, count: int) -> str:
+def _reaches_too_little(profile: Profile, config: OrthoRankConfig) -> str:
+    most = ratio_of(config._of(profile, len(profile.entries)), config.num_layers)
     return (
-        f"ratio {ratio:.4g} needs {count} selective layers and profile {profile.name} "
-        f"ranks {len(profile.order)}"
+        f"ratio {config.ratio_asked:.4g} is more than the {most:.4g} that the "
+        f"{len(profile.entries)} layers of profile {profile.name} reach"
     )

@@ -1,11 +1,13 @@
 """Floating-point operations of a model, a prompt, a plan, counted from the model's sizes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_WINDOW
+from orthorank_vllm.options import DEFAULT_TAIL, DEFAULT_WINDOW
 from orthorank_vllm.selection.plan import Batch, Plan, make_plan
 
 
@@ -87,37 +89,45 @@ class Shapes:
 def prefill_flops(
     shapes: Shapes,
     tokens: int,
-    selective: int = 0,
-    keep: float = DEFAULT_KEEP,
+    layers: Mapping[int, float] = MappingProxyType({}),
     window: int = DEFAULT_WINDOW,
+    tail: int = DEFAULT_TAIL,
 ) -> float:
     """Floating-point operations of one prompt, and of the logits of its last token.
 
     Args:
-        selective: how many layers are; the last layer is taken to be a dense one.
+        layers: the selective ones, and the keep of each.
     """
     # A query sees half of the prompt on average.
     layer = tokens * (shapes.key_and_value + shapes.update((tokens + 1) / 2))
     dense = shapes.layers * layer + shapes.head
     zero = np.zeros(1, dtype=np.int64)
-    plan = make_plan(Batch(zero, zero + tokens, zero + tokens, zero), keep, window)
-    if plan is None or not selective:
+    batch = Batch(zero, zero + tokens, zero + tokens, zero)
+    plan = make_plan(batch, layers.values(), window, tail)
+    if plan is None or not layers:
         return dense
-    return dense - flops_saved(plan, shapes, selective, is_last_layer_dense=True)
+    return dense - flops_saved(plan, shapes, layers, shapes.layers - 1)
 
 
-def flops_saved(plan: Plan, shapes: Shapes, num_selective: int, is_last_layer_dense: bool) -> float:
+def flops_saved(
+    plan: Plan, shapes: Shapes, layers: Mapping[int, float], last_layer: int | None
+) -> float:
     """Floating-point operations that a forward with this plan does not make.
 
     An estimate: a skipped token is taken to stand in the middle of its request's part, and all
     that its layer computes for it, K and V apart, to be left out.
 
     Args:
-        is_last_layer_dense: then it computes only what is read.
+        layers: the selective ones that run it, and the keep of each.
+        last_layer: the model's, which computes only what is read, if it runs it.
     """
     batch = plan.batch
-    skipped = num_selective * (batch.query_len - plan.selected_per_request)
-    if is_last_layer_dense and plan.sampled_rows is not None:
+    computes_few = last_layer is not None and plan.sampled_rows is not None
+    skipped = np.zeros_like(batch.query_len)
+    for layer, keep in layers.items():
+        if not (computes_few and layer == last_layer):
+            skipped = skipped + batch.query_len - plan.quotas[keep].selected_per_request
+    if computes_few:
         skipped = skipped + batch.query_len - plan.sampled_per_request
     keys = batch.num_computed + (batch.prompt_tokens + 1) / 2
     total = float(skipped.sum())

@@ -5,14 +5,43 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
+# The paper's: of layers that are given without a keep.
 DEFAULT_KEEP = 1 / 3
 DEFAULT_WINDOW = 128
+DEFAULT_TAIL = 64
+DEFAULT_MAX_LOSS = 0.02
+AUTO = "auto"
 # What `attention` may be: ways for a sparse set of queries, see the package of that name.
 ATTENTION_BACKENDS = ("auto", "gather", "triton", "cpu")
 # Positions are counted in 32 bits on the way.
 MOST_WINDOW = 2**31 - 1
+
+
+class LayerKeep(NamedTuple):
+    """A selective layer, and the fraction of the tokens that it updates.
+
+    Attributes:
+        keep: None where it was not given.
+    """
+
+    layer: int
+    keep: float | None = None
+
+    @classmethod
+    def read(cls, given: object) -> "LayerKeep":
+        """A layer such as 7, "7", "7:1/4" or (7, 0.25), or raise."""
+        if isinstance(given, str):
+            layer, has_keep, keep = given.partition(":")
+            return cls(int(layer), _number(keep) if has_keep else None)
+        if isinstance(given, Sequence):
+            layer, keep = given
+            return cls(_integer(layer), None if keep is None else _number(keep))
+        return cls(_integer(given))
+
+    def __str__(self) -> str:
+        return str(self.layer) if self.keep is None else f"{self.layer}:{self.keep:.4g}"
 
 
 class OptionError(ValueError):
@@ -93,26 +122,45 @@ def _integer(value: object) -> int:
     return int(_of_type(value, int, str))
 
 
-def _integers(value: object) -> tuple[int, ...]:
+def _layers(value: object) -> tuple[LayerKeep, ...]:
     items = value.split(",") if isinstance(value, str) else _of_type(value, Sequence)
-    return tuple(_integer(item) for item in items)
+    return tuple(LayerKeep.read(item) for item in items)
+
+
+def _are_layers(given: tuple[LayerKeep, ...]) -> bool:
+    layers = [layer for layer, _ in given]
+    keeps = [keep for _, keep in given if keep is not None]
+    return (
+        len(layers) > 0
+        and min(layers) >= 0
+        and len(set(layers)) == len(layers)
+        and all(0 <= keep < 1 for keep in keeps)
+    )
 
 
 RATIO = Option(
     "ratio",
-    "Fraction of the prompt's token-layer updates to skip, from 0 to below 1 - keep. "
-    "0 or absent: stock vLLM.",
+    "Fraction of the prompt's token-layer updates to skip, from 0 to below 1, or "
+    f'"{AUTO}": as much as --orthorank-max-loss allows. 0 or absent: stock vLLM.',
+    lambda value: AUTO if value == AUTO else _number(value),
+    lambda ratio: ratio == AUTO or 0 <= ratio < 1,
+    f"give a number from 0 (off) to below 1, or {AUTO}",
+)
+MAX_LOSS = Option(
+    "max_loss",
+    f"With --orthorank-ratio {AUTO}: the most that an answer may lose on the worst kind of text, "
+    f"in nats per token, by the profile's figures (default: {DEFAULT_MAX_LOSS}).",
     _number,
-    lambda number: 0 <= number < 1,
-    "give a number from 0 (off) to below 1",
+    lambda number: 0 <= number < math.inf,
+    "give a number of nats per token from 0",
 )
 KEEP = Option(
     "keep",
-    "Fraction of the tokens that a selective layer updates (default: 1/3).",
+    "Fraction of the tokens that every selective layer updates (default: each layer's own in the "
+    "profile).",
     _number,
-    lambda number: 0 < number < 1,
-    "give a number above 0 and below 1",
-    DEFAULT_KEEP,
+    lambda number: 0 <= number < 1,
+    "give a number from 0 to below 1",
 )
 WINDOW = Option(
     "window",
@@ -123,12 +171,22 @@ WINDOW = Option(
     f"give a whole number of tokens up to {MOST_WINDOW}, or 0 for the whole prompt",
     DEFAULT_WINDOW,
 )
+TAIL = Option(
+    "tail",
+    f"Last tokens of each prompt that every layer updates (default: {DEFAULT_TAIL}).",
+    _integer,
+    lambda number: 1 <= number <= MOST_WINDOW,
+    f"give a whole number of tokens from 1 to {MOST_WINDOW}",
+    DEFAULT_TAIL,
+)
 LAYERS = Option(
     "layers",
-    "The selective layers, such as 7,26,14 (default: from the model's profile).",
-    _integers,
-    lambda layers: layers and min(layers) >= 0 and len(set(layers)) == len(layers),
-    "give different layer indices from 0, such as 7,26,14",
+    "The selective layers, each with its keep if it is to have its own, such as 29:0,26:0,12:1/4 "
+    "or 7,26 (default: from the model's profile).",
+    _layers,
+    _are_layers,
+    "give different layer indices from 0, with or without a keep from 0 to below 1, such as "
+    '29:0,12:1/4 or 7,26 (in a YAML list with quotes, "29:0")',
 )
 PROFILE = Option(
     "profile",
@@ -139,12 +197,12 @@ PROFILE = Option(
 )
 CALIBRATE_SECONDS = Option(
     "calibrate_seconds",
-    "Where the model has no profile: time to choose its layers by measurement when it is first "
-    "started; 0 takes evenly spaced ones (default: 60).",
+    "Where the model has no profile: the most time that a start takes to choose its layers by "
+    "measurement; a later start goes on. 0 takes the last ones unmeasured (default: 300).",
     _number,
     lambda number: 0 <= number < math.inf,
     "give a number of seconds, or 0 for none",
-    60.0,
+    300.0,
 )
 ATTENTION = Option(
     "attention",
@@ -158,7 +216,10 @@ ATTENTION = Option(
 ENDPOINT = Option(
     "endpoint", "Let the server answer GET /orthorank: what it runs and has counted, as JSON."
 )
-OPTIONS = (RATIO, KEEP, WINDOW, LAYERS, PROFILE, CALIBRATE_SECONDS, ATTENTION, ENDPOINT)
+OPTIONS = (
+    *(RATIO, MAX_LOSS, KEEP, WINDOW, TAIL, LAYERS),
+    *(PROFILE, CALIBRATE_SECONDS, ATTENTION, ENDPOINT),
+)
 OFFLINE = {option.name: option for option in OPTIONS if option.read is not None}
 
 
@@ -176,10 +237,12 @@ def checked_mapping(given: object) -> Mapping[str, Any]:
 class Options:
     """The options as given; `None` is "not given"."""
 
-    ratio: float | None
-    keep: float
+    ratio: Any
+    max_loss: float | None
+    keep: float | None
     window: int
-    layers: tuple[int, ...] | None
+    tail: int
+    layers: tuple[LayerKeep, ...] | None
     profile: str | None
     calibrate_seconds: float
     attention: str
@@ -212,7 +275,15 @@ class Options:
     @property
     def is_active(self) -> bool:
         """Whether OrthoRank was asked for; a ratio of 0 switches everything off."""
-        return self.layers is not None if self.ratio is None else self.ratio > 0
+        return self.layers is not None if self.ratio is None else self.ratio != 0
+
+    @property
+    def layer_keeps(self) -> tuple[LayerKeep, ...]:
+        """The layers given by hand, each with a keep."""
+        default = DEFAULT_KEEP if self.keep is None else self.keep
+        return tuple(
+            LayerKeep(layer, default if keep is None else keep) for layer, keep in self.layers or ()
+        )
 
     def _check_together(self) -> None:
         if self.layers is not None and self.profile is not None:
@@ -220,7 +291,17 @@ class Options:
                 ",".join(map(str, self.layers)),
                 f"it excludes {PROFILE.flag} {self.profile}; give one of them",
             )
-        if self.ratio is not None and self.ratio > 1 - self.keep + 1e-9:
+        if self.ratio == AUTO:
+            for option, value in ((KEEP, self.keep), (LAYERS, self.layers)):
+                if value is not None:
+                    raise RATIO.rejected(
+                        AUTO,
+                        f"it goes by the figures of a profile, and {option.flag} changes what they "
+                        "are of; give a number, or leave that out",
+                    )
+        elif self.max_loss is not None:
+            raise MAX_LOSS.rejected(self.max_loss, f"it changes nothing without {RATIO.flag} auto")
+        elif self.ratio is not None and self.keep is not None and self.ratio > 1 - self.keep + 1e-9:
             raise RATIO.rejected(
                 self.ratio,
                 f"with {KEEP.flag} {self.keep:.4g} give at most {1 - self.keep:.4g}, "

@@ -1,9 +1,10 @@
-"""Layer orders measured for a model: read one, find one, write one.
+"""What was measured of a model's layers: read it, find it, write it.
 
 A profile is JSON in the form of `profile.schema.json`.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from orthorank_vllm.files import write_whole
+from orthorank_vllm.options import LayerKeep
 
-FORMAT = 4
+FORMAT = 5
 SHAPE_KEYS = (
     "hidden_size",
     "intermediate_size",
@@ -32,52 +34,84 @@ class ProfileError(ValueError):
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What an answer loses when its prompt is computed in some way.
+
+    Attributes:
+        loss: nats per answer token, KL(dense, sparse), by kind of text.
+        found: share of the numbers in a list in its prompt that is found, of those that the dense
+            model finds; None where that was not measured.
+    """
+
+    loss: Mapping[str, float]
+    found: float | None = None
+
+    @property
+    def worst(self) -> float:
+        """Of the kind of text that loses most."""
+        return max(self.loss.values())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One more selective layer.
+
+    Attributes:
+        keep: fraction of the tokens that it updates.
+        cost: with it and all before it, on the text that it was chosen on; None where that was
+            not measured.
+        held_back: as `cost`, on text that nothing was chosen on.
+    """
+
+    layer: int
+    keep: float
+    cost: Cost | None = None
+    held_back: Cost | None = None
+
+    @property
+    def layer_keep(self) -> LayerKeep:
+        return LayerKeep(self.layer, self.keep)
+
+
+@dataclass(frozen=True)
 class Profile:
-    """A measured layer order, and what it was measured on.
+    """Layers with their keeps in the order in which to make them selective, as measured.
 
     Attributes:
         model: see `model_identity`; a shipped one fits by shape alone.
-        weights: fingerprint of those measured on (`engine.fingerprint`); None if there is none.
-        order: layers, the one that costs least first.
-        losses: nats per token after each; None where it was not measured.
-        lookups: after each, the share of the numbers in a list in its prompt that is still found,
-            of those that the dense model finds; None or missing where it was not measured.
-        tried: of a step under way, the loss with each layer tried.
-        data: of the calibration text, "name", "sha256", "tokens" and "length".
+        entries: the one that costs least first.
+        window, tail: of the rule that it was measured with.
+        weights: fingerprint of those measured on (`model.fingerprint`); None if there is none.
+        data: of the texts, by what they were for, "name", "sha256" and the samples of each kind.
     """
 
     name: str
     model: dict[str, Any]
-    order: tuple[int, ...]
-    keep: float
+    entries: tuple[Entry, ...]
     window: int
+    tail: int
     method: str = "orthorank"
     weights: str | None = None
-    losses: tuple[float | None, ...] = ()
-    lookups: tuple[float | None, ...] = ()
-    dense_loss: float | None = None
-    tried: dict[int, float] = field(default_factory=dict)
-    trials: int = 0
     data: dict[str, Any] | None = None
     dtype: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     date: str | None = None
 
     @property
+    def num_layers(self) -> int:
+        return int(self.model["num_hidden_layers"])
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What two measurements must share for one to go on where the other stopped."""
-        names = ("model", "weights", "method", "keep", "window", "data", "dtype")
+        names = ("model", "weights", "method", "window", "tail", "data", "dtype")
         return {name: getattr(self, name) for name in names}
 
-    def describe(self, keep: float) -> str:
-        """The profile, in the start-up line of a server that runs with `keep`."""
-        other = f" (measured with keep {self.keep:.3f})" if abs(self.keep - keep) > 1e-3 else ""
-        return f"profile {self.name}{other}"
-
-    def lookups_with(self, layers: int, keep: float, window: int) -> float | None:
-        """The share of look-ups that is found with so many layers; None if it was not measured."""
-        is_the_rule = abs(self.keep - keep) < 1e-3 and self.window == window
-        return self.lookups[layers - 1] if is_the_rule and layers <= len(self.lookups) else None
+    @property
+    def ratios(self) -> list[float]:
+        """The ratio that is reached with each entry and those before it."""
+        saved = itertools.accumulate(1 - entry.keep for entry in self.entries)
+        return [total / self.num_layers for total in saved]
 
     def fits(self, model_shape: Mapping[str, Any]) -> bool:
         return all(self.model[key] == model_shape.get(key) for key in SHAPE_KEYS)
@@ -105,7 +139,7 @@ class Profile:
         content = {
             "format": FORMAT,
             **{key: value for key, value in vars(self).items() if value not in (None, {}, ())},
-            "order": list(self.order),
+            "entries": [_entry_as_dict(entry) for entry in self.entries],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(content, indent=2) + "\n")
@@ -175,24 +209,22 @@ def kept_folder(cache_root: str | Path) -> Path:
     return Path(cache_root) / "orthorank"
 
 
-def cached_path(
-    cache_root: str | Path, sha256: str, weights: str, keep: float, window: int
-) -> Path:
+def cached_path(cache_root: str | Path, sha256: str, weights: str, window: int, tail: int) -> Path:
     """Where the profile of a model is kept that was measured on this machine.
 
     Args:
         sha256, weights: of its configuration, and the fingerprint of its weights.
     """
-    return kept_folder(cache_root) / _cached_name(sha256, weights[:16], keep, window)
+    return kept_folder(cache_root) / _cached_name(sha256, weights[:16], window, tail)
 
 
-def _cached_name(sha256: str, weights: str, keep: float, window: int) -> str:
-    return f"{sha256[:32]}-{weights}-keep{keep:.4f}-window{window}.json"
+def _cached_name(sha256: str, weights: str, window: int, tail: int) -> str:
+    return f"{sha256[:32]}-{weights}-window{window}-tail{tail}.json"
 
 
-def kept_profiles(cache_root: str | Path, sha256: str, keep: float, window: int) -> list[Path]:
+def kept_profiles(cache_root: str | Path, sha256: str, window: int, tail: int) -> list[Path]:
     """Where `cached_path` has profiles of this configuration, of whatever weights; newest first."""
-    found = kept_folder(cache_root).glob(_cached_name(sha256, "*", keep, window))
+    found = kept_folder(cache_root).glob(_cached_name(sha256, "*", window, tail))
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
@@ -210,7 +242,7 @@ def shipped_profile(model: Mapping[str, Any]) -> Profile | None:
 
 
 def find_profile(
-    model: Mapping[str, Any], weights: str | None, keep: float, window: int, cache_root: str | Path
+    model: Mapping[str, Any], weights: str | None, window: int, tail: int, cache_root: str | Path
 ) -> Profile | None:
     """The profile of a model: measured on this machine with this rule, or else shipped.
 
@@ -220,7 +252,7 @@ def find_profile(
         cache_root: vLLM's, see `cached_path`.
     """
     if weights is not None:
-        path = cached_path(cache_root, model["config_sha256"], weights, keep, window)
+        path = cached_path(cache_root, model["config_sha256"], weights, window, tail)
         try:
             kept = read_profile(path)
         except ProfileError:
@@ -229,6 +261,24 @@ def find_profile(
         if kept.weights == weights:
             return kept
     return shipped_profile(model)
+
+
+def _entry_as_dict(entry: Entry) -> dict[str, Any]:
+    costs = {"cost": entry.cost, "held_back": entry.held_back}
+    return {
+        "layer": entry.layer,
+        "keep": entry.keep,
+        **{
+            name: {"loss": dict(cost.loss)} | ({} if cost.found is None else {"found": cost.found})
+            for name, cost in costs.items()
+            if cost is not None
+        },
+    }
+
+
+def _entry_of(content: Mapping[str, Any]) -> Entry:
+    costs = {name: Cost(**content[name]) for name in ("cost", "held_back") if name in content}
+    return Entry(content["layer"], content["keep"], **costs)
 
 
 def _from_json(content: Any) -> Profile:
@@ -248,15 +298,8 @@ def _from_json(content: Any) -> Profile:
         where = "".join(f"[{part!r}]" for part in error.absolute_path)
         raise ProfileError(f"it is not a valid profile: {where} {error.message}".replace("  ", " "))
     num_layers = content["model"]["num_hidden_layers"]
-    if any(layer >= num_layers for layer in content["order"]):
-        raise ProfileError(f'its "order" must hold layer indices below {num_layers}')
+    layers = [entry["layer"] for entry in content["entries"]]
+    if any(layer >= num_layers for layer in layers) or len(set(layers)) < len(layers):
+        raise ProfileError(f'its "entries" must hold different layer indices below {num_layers}')
     fields = {key: value for key, value in content.items() if key != "format"}
-    return Profile(
-        **{
-            **fields,
-            "order": tuple(content["order"]),
-            "losses": tuple(content.get("losses", ())),
-            "lookups": tuple(content.get("lookups", ())),
-            "tried": {int(layer): loss for layer, loss in content.get("tried", {}).items()},
-        }
-    )
+    return Profile(**{**fields, "entries": tuple(map(_entry_of, content["entries"]))})

@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,13 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 # that run at the same time.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
 os.environ.setdefault("VLLM_CACHE_ROOT", str(ROOT / ".pytest_cache" / "vllm" / WORKER))
+
+
+@pytest.fixture(autouse=True)
+def read_environment() -> None:
+    """Let vLLM read its variables anew: an engine of an earlier test has it remember them."""
+    if (envs := sys.modules.get("vllm.envs")) is not None:
+        envs.disable_envs_cache()
 
 
 # vLLM's logger holds on to a stream that pytest has closed by then.

@@ -24,13 +24,23 @@ class PackedTexts:
         first_rows: [texts] int64, where each begins.
     """
 
-    def __init__(self, texts: Sequence[Sequence[int]], device: torch.device) -> None:
+    def __init__(
+        self,
+        texts: Sequence[Sequence[int]],
+        device: torch.device,
+        prompt_lens: Sequence[int] | None = None,
+    ) -> None:
+        """Lay the texts out one after the other.
+
+        Args:
+            prompt_lens: tokens of each text that are its prompt; None: all.
+        """
         lengths = np.array([len(text) for text in texts], dtype=np.int64)
         self.tokens = torch.tensor([token for text in texts for token in text], device=device)
         self.batch = Batch(
             num_computed=np.zeros_like(lengths),
             query_len=lengths,
-            prompt_len=lengths,
+            prompt_len=lengths if prompt_lens is None else np.array(prompt_lens, dtype=np.int64),
             first_token=np.array([text[0] for text in texts], dtype=np.int64),
         )
         self.first_rows = torch.from_numpy(np.cumsum(lengths) - lengths).to(device)

@@ -3,16 +3,18 @@
 import argparse
 from typing import Any
 
-from orthorank_vllm.options import KEEP, WINDOW, OptionError
+from orthorank_vllm.options import TAIL, WINDOW, OptionError
 from orthorank_vllm.selection.method import Method
 
 
 def add_rule_arguments(group: Any) -> None:
-    """Add `--keep` and `--window`."""
-    group.add_argument("--keep", default=KEEP.default, help=f"As {KEEP.flag} (default: 1/3).")
-    group.add_argument(
-        "--window", default=WINDOW.default, help=f"As {WINDOW.flag} (default: %(default)s)."
-    )
+    """Add `--window` and `--tail`."""
+    for option in (WINDOW, TAIL):
+        group.add_argument(
+            f"--{option.name}",
+            default=option.default,
+            help=f"As {option.flag} (default: %(default)s).",
+        )
 
 
 def rule_of(arguments: argparse.Namespace) -> Method:
@@ -22,8 +24,8 @@ def rule_of(arguments: argparse.Namespace) -> Method:
         OptionError: what `add_rule_arguments` added was given a value that cannot be.
     """
     return Method(
-        keep=KEEP.parse(arguments.keep, "--keep"),
         window=WINDOW.parse(arguments.window, "--window"),
+        tail=TAIL.parse(arguments.tail, "--tail"),
     )
 
 

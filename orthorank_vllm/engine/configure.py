@@ -45,7 +45,7 @@ def configure(
     has_weights = loads_weights(vllm_config.load_config)
     config = resolve(options, model, envs.VLLM_CACHE_ROOT, has_weights)
     if config.to_choose and not kept_profiles(
-        envs.VLLM_CACHE_ROOT, model["config_sha256"], config.keep, config.window
+        envs.VLLM_CACHE_ROOT, model["config_sha256"], config.window, config.tail
     ):
         _check_can_calibrate(vllm_config.model_config, options)
     vllm_config.additional_config = {

@@ -80,15 +80,20 @@ class SparsePrefill:
     def use_layers(self, config: OrthoRankConfig) -> None:
         """Take the layers that are final now, at once or after a calibration at start-up."""
         self.config = config
-        ours = [layer for layer in config.layers if layer in self._decoder.layers]
+        keeps = {layer: keep for layer, keep in config.layers if layer in self._decoder.layers}
+        scored = sorted(layer for layer, keep in keeps.items() if keep)
         self._selective = {
-            layer: SelectiveLayer(sink_row, self._split_of(layer))
-            for sink_row, layer in enumerate(ours)
+            layer: SelectiveLayer(
+                keeps[layer] or 0.0,
+                scored.index(layer) if layer in scored else None,
+                self._split_of(layer),
+            )
+            for layer in sorted(keeps)
         }
         self._fused = {}
         self.attend_by(config.attention)
         self._sinks = SinkTable(
-            num_selective=len(ours),
+            num_layers=len(scored),
             capacity=self._sink_capacity,
             hidden_size=self._hidden_size,
             dtype=self._dtype,
@@ -104,11 +109,11 @@ class SparsePrefill:
                 "its outputs and its speed with stock vLLM's (`orthorank doctor`, and in a clone "
                 "`make gpu-check`)."
             )
-        if config.describe_lookups():
-            logger.warning(config.describe_lookups())
+        if config.warning():
+            logger.warning("%s", config.warning())
         if not config.measured:
             logger.warning(
-                "OrthoRank guessed its layers, which costs quality (%s): %s.",
+                "OrthoRank serves less than was asked for, or guessed its layers (%s): %s.",
                 config.source,
                 config.remedy,
             )
@@ -135,11 +140,12 @@ class SparsePrefill:
         """The top_k of one forward, None if it is a dense one."""
         if self.config.to_choose:
             raise RuntimeError("OrthoRank was to choose its layers at start-up and has not")
-        if self.is_paused:
+        keeps = self.config.keeps
+        if self.is_paused or not keeps:
             return None
-        if not (self._decoder.is_first and self._decoder.is_last):
+        if any(keeps) and not (self._decoder.is_first and self._decoder.is_last):
             batch = self._with_known_sinks(batch)
-        return make_plan(batch, self.config.keep, self.config.window)
+        return make_plan(batch, keeps, self.config.window, self.config.tail)
 
     def _with_known_sinks(self, batch: Batch) -> Batch:
         """Requests whose sink's state a pipeline stage lacks do not compete: it cannot compute it.
@@ -229,7 +235,7 @@ class SparsePrefill:
         if (plan is None) != (outcome is None):
             raise RuntimeError("OrthoRank made a plan and the model ran without it")
         if self._counter is not None:
-            self._counter.count(batch, plan, outcome, tuple(self._selective), seconds)
+            self._counter.count(batch, plan, outcome, seconds)
 
     def weights_changed(self) -> None:
         """To be called when the model has loaded its weights, before vLLM packs them."""

@@ -1,13 +1,6 @@
-"""What each forward did, counted without waiting for the device.
+"""What each forward did, counted on the host, without waiting for the device."""
 
-All but the exact number of skipped updates is known on the host. That number is copied as the
-forward ends and counted when it has come: at once on CPU, else with a later step.
-"""
-
-from collections import deque
 from typing import Any, NamedTuple
-
-import torch
 
 from orthorank_vllm.flops import Shapes, flops_saved
 from orthorank_vllm.metrics import definitions
@@ -15,25 +8,6 @@ from orthorank_vllm.metrics.recorder import WorkerMetrics, labels_of
 from orthorank_vllm.model.decoder import Decoder
 from orthorank_vllm.model.forward import Outcome
 from orthorank_vllm.selection.plan import Batch, Plan
-
-
-class OnItsWay:
-    """Numbers that the device has still to finish."""
-
-    def __init__(self, numbers: torch.Tensor) -> None:
-        self._on_host = numbers.to("cpu", non_blocking=True)
-        self._copied: torch.Event | None = None
-        if not numbers.is_cpu:
-            self._copied = torch.Event(numbers.device)
-            self._copied.record()
-
-    @property
-    def has_come(self) -> bool:
-        return self._copied is None or self._copied.query()
-
-    def read(self) -> list[int]:
-        """The numbers, once they have come."""
-        return self._on_host.tolist()
 
 
 class Seconds(NamedTuple):
@@ -64,7 +38,6 @@ class StepCounter:
         self._shapes = shapes
         self._is_first_stage = is_first_stage
         self._last_layer = last_layer
-        self._waiting: deque[tuple[int, tuple[int, ...], OnItsWay]] = deque()
 
     @classmethod
     def of(cls, vllm_config: Any, decoder: Decoder) -> "StepCounter":
@@ -80,7 +53,6 @@ class StepCounter:
         batch: Batch | None,
         plan: Plan | None,
         outcome: Outcome | None,
-        selective: tuple[int, ...],
         seconds: Seconds,
     ) -> None:
         """Count one step, after its forward.
@@ -88,9 +60,7 @@ class StepCounter:
         Args:
             batch: None in a step without prompt tokens.
             plan, outcome: None in a stock step.
-            selective: this stage's selective layers, in the order of `outcome.skipped`.
         """
-        self._settle()
         path = definitions.STOCK if outcome is None else definitions.SPARSE
         if self._is_first_stage:
             self.metrics.count_step(path, seconds.forward)
@@ -104,15 +74,8 @@ class StepCounter:
             return
         is_first = self._is_first_stage
         self.metrics.count_saved(
-            flops_saved(plan, self._shapes, len(selective), self._last_layer not in selective),
+            flops_saved(plan, self._shapes, outcome.keeps, self._last_layer),
             outcome.sink_hits if is_first else 0,
             outcome.sink_misses if is_first else 0,
         )
-        self._waiting.append((prompt_tokens, selective, OnItsWay(outcome.skipped)))
-        self._settle()
-
-    def _settle(self) -> None:
-        while self._waiting and self._waiting[0][2].has_come:
-            prompt_tokens, selective, skipped = self._waiting.popleft()
-            by_layer = dict(zip(selective, skipped.read(), strict=True))
-            self.metrics.count_updates(prompt_tokens, by_layer)
+        self.metrics.count_updates(prompt_tokens, outcome.skipped)

@@ -8,6 +8,8 @@ ACTIVE = "orthorank_active"
 CONFIG_INFO = "orthorank_config_info"
 RATIO_ASKED = "orthorank_ratio_asked"
 RATIO_CONFIGURED = "orthorank_ratio_configured"
+EXPECTED_LOSS = "orthorank_expected_loss_nats"
+EXPECTED_FOUND = "orthorank_expected_lookups_found_ratio"
 
 PREFILL_TOKENS = "orthorank_prefill_tokens"
 UPDATES = "orthorank_token_updates"
@@ -29,6 +31,10 @@ HELP = {
     CONFIG_INFO: "1; what is run stands in the labels.",
     RATIO_ASKED: "The ratio that was asked for; absent where layers were given without one.",
     RATIO_CONFIGURED: "The ratio that the selective layers make, before windows round up.",
+    EXPECTED_LOSS: "What answers lose by the profile's measurement, in nats per token, by the kind "
+    "of text; absent where it was not measured.",
+    EXPECTED_FOUND: "Share of the numbers in a list in the prompt that is still found, by the "
+    "profile's measurement.",
     PREFILL_TOKENS: "Prompt tokens that prefill computed.",
     UPDATES: "Token updates that prefill computed (prompt tokens x layers).",
     UPDATES_SKIPPED: "Token updates that prefill skipped (prompt tokens x layers).",

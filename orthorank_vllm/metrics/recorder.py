@@ -86,8 +86,8 @@ class WorkerMetrics:
         gauge(
             definitions.CONFIG_INFO,
             1,
-            keep=f"{config.keep:.4g}",
             window=str(config.window),
+            tail=str(config.tail),
             layers=",".join(map(str, config.layers)),
             chosen_by=config.source,
             measured=str(config.measured).lower(),
@@ -96,6 +96,11 @@ class WorkerMetrics:
         gauge(definitions.RATIO_CONFIGURED, config.ratio)
         if config.ratio_asked is not None:
             gauge(definitions.RATIO_ASKED, config.ratio_asked)
+        if config.expected is not None:
+            for kind, loss in config.expected.loss.items():
+                gauge(definitions.EXPECTED_LOSS, loss, kind=kind)
+            if config.expected.found is not None:
+                gauge(definitions.EXPECTED_FOUND, config.expected.found)
         self._counts.publish()
 
     def look_after(self) -> None:

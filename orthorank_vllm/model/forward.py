@@ -6,9 +6,9 @@ Works on vLLM's own modules from outside: the compiled model is not entered and
 no layer is replaced, so the dense path stays bit-identical to stock vLLM.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,11 +28,11 @@ class TopK(Protocol):
 
     @staticmethod
     def arrays_of(plan: Plan) -> tuple[Ints, ...]:
-        """What is needed of it on the device."""
+        """What is needed of them all on the device."""
 
     @classmethod
-    def of_arrays(cls, plan: Plan, arrays: Sequence[torch.Tensor]) -> "TopK":
-        """A top-k of these arrays, once they are on the device."""
+    def of_arrays(cls, plan: Plan, arrays: Sequence[torch.Tensor]) -> "Mapping[float, TopK]":
+        """Those of these arrays, once they are on the device, by keep."""
 
     def rows(
         self, residual: torch.Tensor, sink_rows: torch.Tensor, slots: torch.Tensor
@@ -45,11 +45,13 @@ class SelectiveLayer:
     """What is kept for one selective layer.
 
     Attributes:
-        sink_row: its index in the sink table.
+        keep: fraction of the tokens that it updates; 0 has nothing to score.
+        sink_row: its index in the sink table; None at keep 0.
         split: its QKV weight cut in two, where that can be done.
     """
 
-    sink_row: int
+    keep: float
+    sink_row: int | None
     split: SplitWeight | None = None
 
 
@@ -58,50 +60,42 @@ class Step:
     """What the selective layers of one forward share.
 
     Attributes:
-        attention, dense_attention: of selected rows, and of all.
+        top_k: by keep, for those above 0.
+        attention: of selected rows, by keep.
+        dense_attention: of all rows.
+        forced_rows: [A] int64, selected in every layer.
         sink_slots: [R] rows of the sink table, one for each request that has candidates.
         fresh_rows, fresh_slots: rows of this batch that are a position 0, and
             the slots that they renew.
         sampled_rows: [N] int64, the rows whose output is read; None: all.
-        selected: each selective layer's rows, [plan.num_selected] int64.
         sink_hits, sink_misses: see `Outcome`.
     """
 
-    top_k: TopK
-    attention: AttentionPlan
+    top_k: Mapping[float, TopK]
+    attention: Mapping[float, AttentionPlan]
     dense_attention: AttentionPlan
+    forced_rows: torch.Tensor
     sink_slots: torch.Tensor
     fresh_rows: torch.Tensor
     fresh_slots: torch.Tensor
     sampled_rows: torch.Tensor | None
-    selected: list[torch.Tensor]
     sink_hits: int
     sink_misses: int
 
-    def pick(self, sink_rows: torch.Tensor) -> Pick:
-        """The rows that one selective layer computes.
+    def pick(self, layer: SelectiveLayer, sinks: SinkTable) -> Pick:
+        """The rows that one selective layer computes."""
+        top_k = self.top_k.get(layer.keep)
+        if top_k is None or layer.sink_row is None:
+            return lambda *_: self.forced_rows
+        sink_rows = sinks.rows[layer.sink_row]
 
-        Args:
-            sink_rows: [capacity, hidden], the layer's part of the sink table.
-        """
-
-        def top_k(residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        def choose(residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
             if len(self.fresh_rows):
                 fresh = residual.index_select(0, self.fresh_rows)
                 sink_rows.index_copy_(0, self.fresh_slots, fresh)
-            rows = of_first_rank(self.top_k.rows(residual, sink_rows, self.sink_slots))
-            self.selected.append(rows)
-            return rows
+            return of_first_rank(top_k.rows(residual, sink_rows, self.sink_slots))
 
-        return top_k
-
-    @property
-    def duplicates(self) -> torch.Tensor:
-        """[selective layers] int64, on the device: rows that stand twice in a layer's selection."""
-        if not self.selected:
-            return torch.zeros(0, dtype=torch.int64)
-        rows = torch.stack(self.selected)
-        return (rows[:, 1:] == rows[:, :-1]).sum(dim=1)
+        return choose
 
 
 @dataclass(frozen=True)
@@ -109,19 +103,21 @@ class Outcome:
     """What a sparse forward leaves to be counted.
 
     Attributes:
-        skipped: [selective layers] int64, on the device: token updates that each skipped.
+        keeps: of this stage's selective layers.
+        skipped: token updates that each of them skipped.
         sink_hits, sink_misses: requests whose position 0 this forward lacks, by whether the
             table had its state or it was recomputed.
     """
 
-    skipped: torch.Tensor
+    keeps: Mapping[int, float]
+    skipped: Mapping[int, int]
     sink_hits: int
     sink_misses: int
 
 
 def sparse_forward(
     decoder: Decoder,
-    selective: dict[int, SelectiveLayer],
+    selective: Mapping[int, SelectiveLayer],
     sinks: SinkTable,
     attention: AttentionBackend,
     plan: Plan,
@@ -143,93 +139,127 @@ def sparse_forward(
     step = _start_step(decoder, selective, sinks, attention, plan, positions.device)
     sampled_rows = step.sampled_rows
     for index, layer in decoder.layers.items():
-        if index in selective:
-            kept = selective[index]
-            pick = step.pick(sinks.rows[kept.sink_row])
-            residual, update = layer.forward(
-                step.attention, positions, residual, update, pick, kept.split
-            )
-        elif index == decoder.last_layer and sampled_rows is not None:
+        kept = selective.get(index)
+        split = None if kept is None else kept.split
+        if index == decoder.last_layer and sampled_rows is not None:
             # Unread rows nobody will miss; their K and V are written.
             of_sampled = attention.plan(plan.batch, plan.sampled_per_request)
             residual, update = layer.forward(
-                of_sampled, positions, residual, update, lambda *_: sampled_rows
+                of_sampled, positions, residual, update, lambda *_: sampled_rows, split
+            )
+        elif kept is not None:
+            pick = step.pick(kept, sinks)
+            residual, update = layer.forward(
+                step.attention[kept.keep], positions, residual, update, pick, split
             )
         else:
             residual, update = layer.forward(step.dense_attention, positions, residual, update)
-    skipped = plan.num_tokens - plan.num_selected + step.duplicates
-    return residual, update, Outcome(skipped, step.sink_hits, step.sink_misses)
+    keeps = {index: kept.keep for index, kept in selective.items()}
+    skipped = {index: plan.num_tokens - plan.num_selected(keep) for index, keep in keeps.items()}
+    return residual, update, Outcome(keeps, skipped, step.sink_hits, step.sink_misses)
 
 
-def sink_states(
-    decoder: Decoder, selective: dict[int, SelectiveLayer], tokens: torch.Tensor
-) -> torch.Tensor:
-    """Position 0's residual stream entering each selective layer, for some token ids.
+def sink_states(decoder: Decoder, scored: Collection[int], tokens: torch.Tensor) -> torch.Tensor:
+    """Position 0's residual stream entering each layer that scores, for some token ids.
 
-    Only for a decoder that is the whole model.
+    It is computed in every layer, so it is the dense model's. Only for a decoder that is the whole
+    model.
 
     Args:
+        scored: layers, ascending.
         tokens: [M] int64.
 
     Returns:
-        [selective layers, M, hidden].
+        [scored layers, M, hidden].
     """
     states: list[torch.Tensor] = []
-
-    def note(residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-        states.append(residual.clone())  # later layers add to it in place
-        return tokens[:0]
-
     attention, positions = OneKeyAttention(), torch.zeros_like(tokens)
     residual = decoder.embed(tokens)
     update: torch.Tensor | None = None
     for index, layer in decoder.layers.items():
-        pick = note if index in selective else None
-        residual, update = layer.forward(attention, positions, residual, update, pick)
+        if index in scored:
+            # A copy: what follows adds to it in place.
+            states.append(residual.clone() if update is None else residual + update)
+        if len(states) == len(scored):
+            break
+        residual, update = layer.forward(attention, positions, residual, update)
     return torch.stack(states)
 
 
-def _start_step(
-    decoder: Decoder,
-    selective: dict[int, SelectiveLayer],
-    sinks: SinkTable,
-    attention: AttentionBackend,
-    plan: Plan,
-    device: torch.device,
-) -> Step:
+class _Sinks(NamedTuple):
+    """Arrays of a step's sinks on the host, and what was found; see `Step`.
+
+    Attributes:
+        lost, lost_slots: token ids whose states are to be computed, and their slots.
+    """
+
+    slots: Ints
+    fresh_rows: Ints
+    fresh_slots: Ints
+    lost: Ints
+    lost_slots: Ints
+    hits: int
+    misses: int
+
+
+def _look_up(sinks: SinkTable, plan: Plan) -> _Sinks:
     tokens = plan.first_token.tolist()
     slots, missing = sinks.reserve(tokens)
     in_batch = [r for r, row in enumerate(plan.sink_row.tolist()) if row >= 0]
     fresh = {tokens[r] for r in in_batch}
     missing = [token for token in missing if token not in fresh]
     # No request whose position 0 is in the batch has a missing token.
-    sink_misses = sum(token in missing for token in tokens)
+    misses = sum(token in missing for token in tokens)
     slot_of_token = dict(zip(tokens, slots, strict=True))
-    kind = _top_k_for(plan, device)
-    top_k = kind.arrays_of(plan)
-    others = (
-        np.array(slots, dtype=np.int64),
-        plan.sink_row[in_batch],
-        np.array([slots[r] for r in in_batch], dtype=np.int64),
-        np.array(missing, dtype=np.int64),
-        np.array([slot_of_token[token] for token in missing], dtype=np.int64),
-        np.zeros(0, dtype=np.int64) if plan.sampled_rows is None else plan.sampled_rows,
+    return _Sinks(
+        slots=np.array(slots, dtype=np.int64),
+        fresh_rows=plan.sink_row[in_batch],
+        fresh_slots=np.array([slots[r] for r in in_batch], dtype=np.int64),
+        lost=np.array(missing, dtype=np.int64),
+        lost_slots=np.array([slot_of_token[token] for token in missing], dtype=np.int64),
+        hits=len(tokens) - len(in_batch) - misses,
+        misses=misses,
     )
-    on_device = to_device((*top_k, *others), device)
-    sink_slots, fresh_rows, fresh_slots, lost, lost_slots, sampled_rows = on_device[len(top_k) :]
-    if missing:
-        sinks.rows.index_copy_(1, lost_slots, sink_states(decoder, selective, lost))
+
+
+NOTHING = np.zeros(0, dtype=np.int64)
+NO_SINKS = _Sinks(NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, 0, 0)
+
+
+def _start_step(
+    decoder: Decoder,
+    selective: Mapping[int, SelectiveLayer],
+    sinks: SinkTable,
+    attention: AttentionBackend,
+    plan: Plan,
+    device: torch.device,
+) -> Step:
+    found = _look_up(sinks, plan) if plan.scored_keeps else NO_SINKS
+    kind = _top_k_for(plan, device)
+    top_k = kind.arrays_of(plan) if plan.scored_keeps else ()
+    sampled = NOTHING if plan.sampled_rows is None else plan.sampled_rows
+    shared = (plan.forced_rows, sampled, *found[:5])
+    on_device = to_device((*shared, *top_k), device)
+    forced_rows, sampled_rows, slots, fresh_rows, fresh_slots, lost, lost_slots = on_device[
+        : len(shared)
+    ]
+    if len(found.lost):
+        scored = [index for index, kept in selective.items() if kept.sink_row is not None]
+        sinks.rows.index_copy_(1, lost_slots, sink_states(decoder, scored, lost))
     return Step(
-        top_k=kind.of_arrays(plan, on_device[: len(top_k)]),
-        attention=attention.plan(plan.batch, plan.selected_per_request),
+        top_k=kind.of_arrays(plan, on_device[len(shared) :]) if top_k else {},
+        attention={
+            keep: attention.plan(plan.batch, quota.selected_per_request)
+            for keep, quota in plan.quotas.items()
+        },
         dense_attention=attention.plan(plan.batch, None),
-        sink_slots=sink_slots,
+        forced_rows=forced_rows,
+        sink_slots=slots,
         fresh_rows=fresh_rows,
         fresh_slots=fresh_slots,
         sampled_rows=None if plan.sampled_rows is None else sampled_rows,
-        selected=[],
-        sink_hits=len(tokens) - len(in_batch) - sink_misses,
-        sink_misses=sink_misses,
+        sink_hits=found.hits,
+        sink_misses=found.misses,
     )
 
 

@@ -1,4 +1,4 @@
-"""The sink's residual stream entering each selective layer, per token id.
+"""The sink's residual stream entering each layer that scores, per token id.
 
 Position 0 attends only to itself, so its state depends on nothing but its token
 id; the table serves the requests whose position 0 a forward lacks (a later
@@ -15,18 +15,18 @@ class SinkTable:
     """A small least-recently-used table on the device.
 
     Attributes:
-        rows: [selective layers, capacity, hidden], in the model's dtype.
+        rows: [layers that score, capacity, hidden], in the model's dtype.
     """
 
     def __init__(
         self,
-        num_selective: int,
+        num_layers: int,
         capacity: int,
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.rows = torch.zeros(num_selective, capacity, hidden_size, dtype=dtype, device=device)
+        self.rows = torch.zeros(num_layers, capacity, hidden_size, dtype=dtype, device=device)
         self._slot_of_token: OrderedDict[int, int] = OrderedDict()
 
     def reserve(self, tokens: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -6,7 +6,7 @@ computes what serving computes for a prompt in one chunk; the other methods
 are what the rule is compared against.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from orthorank_vllm.attention.varlen import PackedTexts, VarlenAttention
-from orthorank_vllm.model.decoder import Decoder
+from orthorank_vllm.model.decoder import Decoder, Pick
 from orthorank_vllm.model.ops import add_and_norm
 from orthorank_vllm.model.tensor_parallel import of_first_rank
 from orthorank_vllm.selection.method import LayerInput, Method
@@ -40,23 +40,34 @@ class Forward:
         causal_lm: vLLM's `LlamaForCausalLM` or one with the same parts.
         texts: token ids, each text from its first token.
         method: what is done in a chosen layer.
+        prompt_lens: tokens of each text that are its prompt, and may be left out; None: all.
+        keeps: those with which layers will be chosen.
     """
 
-    def __init__(self, causal_lm: Any, texts: Sequence[Sequence[int]], method: Method) -> None:
+    def __init__(
+        self,
+        causal_lm: Any,
+        texts: Sequence[Sequence[int]],
+        method: Method,
+        prompt_lens: Sequence[int] | None = None,
+        keeps: Iterable[float] = (),
+    ) -> None:
         self._causal_lm = causal_lm
         self._decoder = Decoder(causal_lm.model)
         self._method = method
         device = causal_lm.model.norm.weight.device
-        self.texts = PackedTexts(texts, device)
+        self.texts = PackedTexts(texts, device, prompt_lens)
         self._attention = VarlenAttention(self.texts)
         self._plan = None
         if not method.skips_layers:
-            self._plan = make_plan(self.texts.batch, method.keep, method.window)
+            self._plan = make_plan(self.texts.batch, keeps, method.window, method.tail)
         if self._plan is not None:
-            self._of_selected = VarlenAttention(
-                self.texts, self._plan.selected_per_request, method.hides_others
-            )
+            self._of_selected = {
+                keep: VarlenAttention(self.texts, quota.selected_per_request, method.hides_others)
+                for keep, quota in self._plan.quotas.items()
+            }
             self._top_k = SegmentedTopK.of(self._plan, device)
+            self._forced_rows = torch.from_numpy(self._plan.forced_rows).to(device)
             self._generator = torch.Generator(device).manual_seed(method.seed)
 
     def embed(self) -> torch.Tensor:
@@ -64,23 +75,37 @@ class Forward:
         return self._decoder.embed(self.texts.tokens)
 
     def through(
-        self, residual: torch.Tensor, layers: Iterable[int], chosen: frozenset[int]
+        self, residual: torch.Tensor, layers: Iterable[int], chosen: Mapping[int, float]
     ) -> torch.Tensor:
-        """The residual stream after `layers`; the one given is used up."""
+        """The residual stream after `layers`; the one given is used up.
+
+        Args:
+            chosen: the keep of each chosen layer.
+        """
         update: torch.Tensor | None = None
         for index in layers:
             layer, positions = self._decoder.layers[index], self.texts.positions
-            if index not in chosen or (self._plan is None and not self._method.skips_layers):
+            if index in chosen and self._method.skips_layers:
+                continue
+            if index not in chosen or self._plan is None:
                 residual, update = layer.forward(self._attention, positions, residual, update)
-            elif not self._method.skips_layers:
-                residual, update = layer.forward(
-                    self._of_selected, positions, residual, update, self._pick
-                )
+                continue
+            keep = chosen[index]
+            residual, update = layer.forward(
+                self._of_selected[keep], positions, residual, update, self._pick(keep)
+            )
         return residual if update is None else residual.add_(update)
 
-    def _pick(self, residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-        entering = LayerInput(residual, normed, self.texts.first_rows, self._top_k, self._generator)
-        return of_first_rank(select(self._method.score(entering), self._top_k))
+    def _pick(self, keep: float) -> Pick:
+        top_k = self._top_k.get(keep)
+        if top_k is None:
+            return lambda *_: self._forced_rows
+
+        def choose(residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+            entering = LayerInput(residual, normed, self.texts.first_rows, top_k, self._generator)
+            return of_first_rank(select(self._method.score(entering), top_k))
+
+        return choose
 
     def log_probs(
         self, residual: torch.Tensor, first_scored: Sequence[int]

@@ -6,13 +6,21 @@ one forward meet.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from vllm.forward_context import set_forward_context
 
 from orthorank_vllm.config import OrthoRankConfig
+from orthorank_vllm.offline.served import (
+    Answered,
+    AnswerLoss,
+    DenseAnswers,
+    ServedStep,
+    groups_of,
+)
 from orthorank_vllm.offline.texts import Forward, TextScore
 from orthorank_vllm.selection.method import Method
 
@@ -30,62 +38,39 @@ def _in_forward_context(function: Callable[..., _Answer]) -> Callable[..., _Answ
     return in_context
 
 
-class _Step:
-    """One step of the greedy choice: layers tried in ascending order share the part below.
+@_in_forward_context
+def use_texts(
+    worker: Any, texts: Sequence[Answered], method: Method, keeps: Sequence[float]
+) -> list[AnswerLoss] | None:
+    """Take these texts and this method for the steps to come.
 
-    Each forward goes through all layers before the next does: what they hold on the way, far
-    more than their residual streams, is held once.
+    Args:
+        keeps: those that layers will be tried with.
+
+    Returns:
+        Each text's loss in the dense model: its likelihood, and what is found.
     """
-
-    def __init__(self, forwards: Sequence[Forward], chosen: Sequence[int], num_layers: int) -> None:
-        self._forwards = forwards
-        self._chosen = frozenset(chosen)
-        self._num_layers = num_layers
-        self._below = [forward.embed() for forward in forwards]
-        self._next_layer = 0
-
-    def loss_with(self, layer: int | None) -> float | None:
-        """Mean negative log-probability with `layer` chosen as well, in nats per token."""
-        chosen = self._chosen
-        if layer is not None:
-            assert layer >= self._next_layer, "layers are tried in ascending order"
-            passed = range(self._next_layer, layer)
-            for index, forward in enumerate(self._forwards):
-                self._below[index] = forward.through(self._below[index], passed, self._chosen)
-            self._next_layer = layer
-            chosen = chosen | {layer}
-        above = range(self._next_layer, self._num_layers)
-        log_prob, scored, is_told = 0.0, 0, True
-        for forward, below in zip(self._forwards, self._below, strict=True):
-            lengths = forward.texts.batch.query_len
-            residual = forward.through(below.clone(), above, chosen)
-            scores = forward.log_probs(residual, [1] * len(lengths))
-            # Not the end of it: the other ranks' logits come from this one too.
-            is_told = scores is not None
-            log_prob += sum(score.log_prob for score in scores or ())
-            scored += int((lengths - 1).sum())
-        return -log_prob / scored if is_told else None
-
-
-@_in_forward_context
-def use_texts(worker: Any, texts: Sequence[Sequence[int]], method: Method) -> None:
-    """Take these texts, token ids, and this method for the steps to come."""
     model = worker.get_model()
-    worker.orthorank_forwards = [Forward(model, [text], method) for text in texts]
+    worker.orthorank_groups = [
+        DenseAnswers(model, group, method, keeps) for group in groups_of(texts)
+    ]
+    answers = [group.losses_of_dense() for group in worker.orthorank_groups]
+    told = [answer for answer in answers if answer is not None]
+    return list(itertools.chain.from_iterable(told)) if len(told) == len(answers) else None
 
 
 @_in_forward_context
-def start_step(worker: Any, chosen: Sequence[int]) -> None:
-    """Start over from the embeddings, with some layers chosen already."""
-    model = worker.get_model().model
-    worker.orthorank_step = _Step(worker.orthorank_forwards, chosen, len(model.layers))
+def start_step(worker: Any, chosen: Mapping[int, float]) -> None:
+    """Start over from the embeddings, with some layers chosen already, each with its keep."""
+    num_layers = len(worker.get_model().model.layers)
+    worker.orthorank_step = ServedStep(worker.orthorank_groups, chosen, num_layers)
 
 
 @_in_forward_context
-def loss_with(worker: Any, layer: int | None) -> float | None:
-    """Mean loss of the step under way with one more layer chosen, in nats per token."""
-    loss: float | None = worker.orthorank_step.loss_with(layer)
-    return loss
+def losses_with(worker: Any, more: Mapping[int, float]) -> list[AnswerLoss] | None:
+    """Each text's loss with more layers chosen; the lowest of them in ascending order."""
+    losses: list[AnswerLoss] | None = worker.orthorank_step.losses_with(more)
+    return losses
 
 
 @_in_forward_context
@@ -93,13 +78,19 @@ def score_texts(
     worker: Any,
     texts: Sequence[Sequence[int]],
     first_scored: Sequence[int],
-    chosen: Sequence[int],
+    chosen: Mapping[int, float],
     method: Method,
+    is_served: bool,
 ) -> list[TextScore] | None:
-    """Score each text's tokens from a position on; None where a worker has no logits."""
+    """Score each text's tokens from a position on; None where a worker has no logits.
+
+    Args:
+        is_served: what is scored is an answer, and dense; else prompt, as papers measure.
+    """
     model = worker.get_model()
-    forward = Forward(model, texts, method)
-    residual = forward.through(forward.embed(), range(len(model.model.layers)), frozenset(chosen))
+    prompt_lens = first_scored if is_served else None
+    forward = Forward(model, texts, method, prompt_lens, chosen.values())
+    residual = forward.through(forward.embed(), range(len(model.model.layers)), chosen)
     return forward.log_probs(residual, first_scored)
 
 
@@ -113,7 +104,7 @@ def cosines_to_sink(worker: Any, text: Sequence[int]) -> list[list[float]]:
     for index in range(len(model.model.layers)):
         states = residual.float()
         rows.append(torch.cosine_similarity(states, states[:1], dim=-1).abs().cpu().tolist())
-        residual = forward.through(residual, [index], frozenset())
+        residual = forward.through(residual, [index], {})
     return rows
 
 
@@ -125,7 +116,7 @@ def fingerprint(worker: Any) -> str | None:
 
 def forget_texts(worker: Any) -> None:
     """Free what the functions above keep."""
-    for name in ("orthorank_forwards", "orthorank_step"):
+    for name in ("orthorank_groups", "orthorank_step"):
         if name in vars(worker):
             delattr(worker, name)
 

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from orthorank_vllm.model.architectures import (
 )
 from orthorank_vllm.model.fingerprint import loads_weights
 from orthorank_vllm.offline import worker_calls
+from orthorank_vllm.offline.served import Answered, AnswerLoss
 from orthorank_vllm.options import OptionError
 from orthorank_vllm.selection.method import Method
 
@@ -34,17 +35,30 @@ class Workers:
 
 
 class WorkersTrial:
-    """`calibrate.greedy.Trial` on a loaded model."""
+    """`calibrate.search.Trial` on a loaded model.
 
-    def __init__(self, workers: Workers, texts: Sequence[Sequence[int]], method: Method) -> None:
+    Attributes:
+        dense: each text's loss in the dense model.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        texts: Sequence[Answered],
+        method: Method,
+        keeps: Sequence[float],
+    ) -> None:
         self._workers = workers
-        workers.call(worker_calls.use_texts, texts, method)
+        self.dense: list[AnswerLoss] = workers.call(
+            worker_calls.use_texts, texts, method, tuple(keeps)
+        )
 
-    def start_step(self, chosen: Sequence[int]) -> None:
-        self._workers.call(worker_calls.start_step, tuple(chosen))
+    def start_step(self, chosen: Mapping[int, float]) -> None:
+        self._workers.call(worker_calls.start_step, dict(chosen))
 
-    def loss_with(self, layer: int | None) -> float:
-        return float(self._workers.call(worker_calls.loss_with, layer))
+    def losses_with(self, more: Mapping[int, float]) -> list[AnswerLoss]:
+        losses: list[AnswerLoss] = self._workers.call(worker_calls.losses_with, dict(more))
+        return losses
 
 
 def measuring_config(arguments: argparse.Namespace) -> Any:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_WINDOW
+from orthorank_vllm.options import DEFAULT_TAIL, DEFAULT_WINDOW
 from orthorank_vllm.selection.topk import SegmentedTopK, score
 
 
@@ -42,14 +42,9 @@ class Method:
     skips_layers: ClassVar[bool] = False
     hides_others: ClassVar[bool] = False
 
-    keep: float = DEFAULT_KEEP
     window: int = DEFAULT_WINDOW
+    tail: int = DEFAULT_TAIL
     seed: int = 0
-
-    @property
-    def saved_per_layer(self) -> float:
-        """Fraction of a chosen layer's token updates that are saved."""
-        return 1.0 if self.skips_layers else 1 - self.keep
 
     def score(self, entering: LayerInput) -> torch.Tensor:
         """Score every candidate, [C] float32, not negative; lower is more important."""

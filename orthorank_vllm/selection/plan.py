@@ -5,6 +5,7 @@ every tensor shape of the sparse forward, are known without asking the device.
 The rule is numbered as in README.md, "The selection rule".
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -42,24 +43,36 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Quota:
+    """How many of each segment are chosen at one keep.
+
+    Attributes:
+        top_k: [segments].
+        top_k_slots: [K] for candidates sorted by (segment, score): which to take.
+        selected_per_request: [batch] selected rows of each request, the forced ones included.
+    """
+
+    top_k: Ints
+    top_k_slots: Ints
+    selected_per_request: Ints
+
+
+@dataclass(frozen=True)
 class Plan:
     """The rows of one forward that selective layers choose from. Rows index the batch's tokens.
 
-    A *segment* is the part of one request's window that this forward computes. Only segments that
-    leave some token out are here; the tokens of the others are among `forced_rows`.
+    A *segment* is the part of one request's window that this forward computes, without the rows
+    that are computed in any case.
 
     Attributes:
-        candidates: [C] rows to choose from, ascending.
+        candidates: [C] rows to choose from, ascending; each segment's are neighbours.
         segment: [C] segment of each candidate, ascending from 0.
         request: [C] index of each candidate's request among `requests`.
-        at_position_0: indices into `candidates` of sink tokens, which are never chosen.
-        top_k_slots: [K] for candidates sorted by (segment, score): which to take.
-        forced_rows: [A] rows selected whatever their score, ascending.
+        forced_rows: [A] all other rows, ascending: selected in every layer.
         requests: [R] batch indices of the requests that have candidates.
         first_token: [R] their token ids at position 0.
         sink_row: [R] row of their position 0, or -1 where this forward lacks it.
-        selected_per_request: [batch] selected rows of each request; a prompt's last token that is
-            also chosen is counted twice (see `topk.select`).
+        quotas: by keep.
         sampled_rows: [N] rows whose output is read, ascending: each request's last, its prompt's
             last, and all past its prompt. None if all are.
         sampled_per_request: [batch] how many those are.
@@ -71,13 +84,11 @@ class Plan:
     candidates: Ints
     segment: Ints
     request: Ints
-    at_position_0: Ints
-    top_k_slots: Ints
     forced_rows: Ints
     requests: Ints
     first_token: Ints
     sink_row: Ints
-    selected_per_request: Ints
+    quotas: Mapping[float, Quota]
     sampled_rows: Ints | None
     sampled_per_request: Ints
     num_tokens: int
@@ -85,17 +96,22 @@ class Plan:
     batch: Batch
 
     @property
-    def num_selected(self) -> int:
-        """Rows that a selective layer updates, duplicates included."""
-        return len(self.top_k_slots) + len(self.forced_rows)
+    def scored_keeps(self) -> list[float]:
+        """The keeps at which there is something to choose."""
+        return [keep for keep, quota in self.quotas.items() if len(quota.top_k_slots)]
+
+    def num_selected(self, keep: float) -> int:
+        """Rows that a selective layer updates."""
+        return len(self.quotas[keep].top_k_slots) + len(self.forced_rows)
 
 
-def make_plan(batch: Batch, keep: float, window: int) -> Plan | None:
+def make_plan(batch: Batch, keeps: Iterable[float], window: int, tail: int) -> Plan | None:
     """Apply rules 3 to 5 to one forward.
 
     Args:
-        keep: fraction of a segment that is selected, in (0, 1).
+        keeps: fractions of a segment that are selected, each in [0, 1).
         window: positions per window; 0 is one window for the whole prompt.
+        tail: last tokens of each prompt that are always selected, at least 1.
 
     Returns:
         None if every token is selected, so that the dense forward is the same.
@@ -103,10 +119,38 @@ def make_plan(batch: Batch, keep: float, window: int) -> Plan | None:
     if not batch.prompt_tokens.any():
         return None
     rows = _locate(batch)
-    segments = _cut(batch, rows, keep, window)
-    if not len(segments.first_row):
+    candidates = np.flatnonzero(_competes(rows, tail))
+    if not len(candidates):
         return None
-    return _assemble(batch, rows, segments, window)
+    segments = _cut(rows, candidates, window)
+    request_of_segment = rows.request[candidates[segments.start]]
+    forced_rows = _others(rows, candidates)
+    forced_per_request = np.bincount(rows.request[forced_rows], minlength=len(batch.query_len))
+    quotas = {
+        keep: _quota(segments, request_of_segment, forced_per_request, keep)
+        for keep in dict.fromkeys(keeps)
+    }
+    if all(len(quota.top_k_slots) == len(candidates) for quota in quotas.values()):
+        return None
+    is_first = _begins(request_of_segment)
+    requests = request_of_segment[is_first]
+    first_row = np.cumsum(batch.query_len) - batch.query_len
+    sampled_rows = _sampled_rows(batch, rows)
+    return Plan(
+        candidates=candidates,
+        segment=np.repeat(np.arange(len(segments.size)), segments.size),
+        request=np.repeat(np.cumsum(is_first) - 1, segments.size),
+        forced_rows=forced_rows,
+        requests=requests,
+        first_token=batch.first_token[requests],
+        sink_row=np.where(batch.num_computed[requests] == 0, first_row[requests], -1),
+        quotas=quotas,
+        sampled_rows=None if batch.wants_all_rows else sampled_rows,
+        sampled_per_request=np.bincount(rows.request[sampled_rows], minlength=len(batch.query_len)),
+        num_tokens=len(rows.request),
+        window=window,
+        batch=batch,
+    )
 
 
 class _Rows(NamedTuple):
@@ -114,94 +158,71 @@ class _Rows(NamedTuple):
 
     Attributes:
         request: index in the batch.
-        is_prompt_end: the last token of a prompt.
+        position: in its sequence.
+        prompt_len: of its request.
     """
 
     request: Ints
     position: Ints
-    is_prompt: Bools
-    is_prompt_end: Bools
+    prompt_len: Ints
 
 
 class _Segments(NamedTuple):
-    """The segments that leave some token out: runs of neighbouring rows. All arrays are [segments].
+    """Runs of neighbouring candidates. All arrays are [segments].
 
     Attributes:
-        top_k: how many are chosen.
+        start: index of the first one among the candidates.
     """
 
-    first_row: Ints
+    start: Ints
     size: Ints
-    top_k: Ints
 
 
 def _locate(batch: Batch) -> _Rows:
     request = np.repeat(np.arange(len(batch.query_len)), batch.query_len)
-    position = _expand(batch.num_computed, batch.query_len)
-    prompt_len = batch.prompt_len[request]
-    return _Rows(request, position, position < prompt_len, position == prompt_len - 1)
+    return _Rows(request, _expand(batch.num_computed, batch.query_len), batch.prompt_len[request])
 
 
-def _cut(batch: Batch, rows: _Rows, keep: float, window: int) -> _Segments:
-    """Rule 3, but for the choice itself; and position 0 is never chosen (rule 4)."""
-    prompt_rows = np.flatnonzero(rows.is_prompt)
-    position = rows.position[prompt_rows]
-    window_index = position // window if window else np.zeros_like(position)
-    start = np.flatnonzero(_begins(rows.request[prompt_rows]) | _begins(window_index))
-    size = np.diff(start, append=len(prompt_rows))
-    top_k = np.ceil(keep * size - 1e-9).astype(np.int64)
-    has_sink = (position[start] == 0) & (batch.prompt_len[rows.request[prompt_rows[start]]] > 1)
-    top_k = np.where(has_sink, np.minimum(top_k, size - 1), top_k)
-    leaves_out = top_k < size
-    return _Segments(prompt_rows[start[leaves_out]], size[leaves_out], top_k[leaves_out])
+def _competes(rows: _Rows, tail: int) -> Bools:
+    """Rules 4 and 5: prompt tokens do, but for position 0 and each prompt's tail."""
+    return (rows.position > 0) & (rows.position < rows.prompt_len - tail)
 
 
-def _forced_rows(rows: _Rows, candidates: Ints) -> Ints:
-    """Rules 4 and 5: all that nobody chooses from, and the end of each prompt."""
-    is_forced = np.ones(len(rows.request), dtype=np.bool_)
-    is_forced[candidates] = False
-    return np.flatnonzero(is_forced | rows.is_prompt_end)
+def _cut(rows: _Rows, candidates: Ints, window: int) -> _Segments:
+    """The windows of rule 3."""
+    begins = _begins(rows.request[candidates])
+    if window:
+        begins |= _begins(rows.position[candidates] // window)
+    start = np.flatnonzero(begins)
+    return _Segments(start, np.diff(start, append=len(candidates)))
+
+
+def _quota(
+    segments: _Segments, request_of_segment: Ints, forced_per_request: Ints, keep: float
+) -> Quota:
+    """The counts of rule 3."""
+    top_k = np.ceil(keep * segments.size - 1e-9).astype(np.int64)
+    chosen = np.bincount(request_of_segment, top_k, minlength=len(forced_per_request))
+    return Quota(
+        top_k=top_k,
+        top_k_slots=_expand(segments.start, top_k),
+        selected_per_request=chosen.astype(np.int64) + forced_per_request,
+    )
+
+
+def _others(rows: _Rows, candidates: Ints) -> Ints:
+    is_other = np.ones(len(rows.request), dtype=np.bool_)
+    is_other[candidates] = False
+    return np.flatnonzero(is_other)
 
 
 def _sampled_rows(batch: Batch, rows: _Rows) -> Ints:
     # vLLM reads a request's last row and, before that, each row that a guess follows (speculation).
     # The first of these can be the prompt's last: a request with a single token left is given
     # placeholders for guesses at once (vllm/v1/core/sched/scheduler.py, `pad_spec_decode`).
-    is_sampled = ~rows.is_prompt | rows.is_prompt_end
+    is_sampled = rows.position >= rows.prompt_len - 1
     is_sampled[np.cumsum(batch.query_len) - 1] = True
     return np.flatnonzero(is_sampled)
-
-
-def _assemble(batch: Batch, rows: _Rows, segments: _Segments, window: int) -> Plan:
-    candidates = _expand(segments.first_row, segments.size)
-    forced_rows = _forced_rows(rows, candidates)
-    sampled_rows = _sampled_rows(batch, rows)
-    request_of_segment = rows.request[segments.first_row]
-    is_first = _begins(request_of_segment)
-    requests = request_of_segment[is_first]
-    first_row = np.cumsum(batch.query_len) - batch.query_len
-
-    def per_request(request: Ints, weights: Ints | None = None) -> Ints:
-        return np.bincount(request, weights, minlength=len(batch.query_len)).astype(np.int64)
-
-    chosen_per_request = per_request(request_of_segment, segments.top_k)
-    return Plan(
-        candidates=candidates,
-        segment=np.repeat(np.arange(len(segments.size)), segments.size),
-        request=np.repeat(np.cumsum(is_first) - 1, segments.size),
-        at_position_0=np.flatnonzero(rows.position[candidates] == 0),
-        top_k_slots=_expand(np.cumsum(segments.size) - segments.size, segments.top_k),
-        forced_rows=forced_rows,
-        requests=requests,
-        first_token=batch.first_token[requests],
-        sink_row=np.where(batch.num_computed[requests] == 0, first_row[requests], -1),
-        selected_per_request=chosen_per_request + per_request(rows.request[forced_rows]),
-        sampled_rows=None if batch.wants_all_rows else sampled_rows,
-        sampled_per_request=per_request(rows.request[sampled_rows]),
-        num_tokens=len(rows.request),
-        window=window,
-        batch=batch,
-    )
 
 
 def _expand(first: Ints, count: Ints) -> Ints:
@@ -220,7 +241,7 @@ def _begins(values: Ints) -> Bools:
 def profile_run_batch(num_tokens: int, most_requests: int) -> Batch:
     """The batch of so many tokens that needs most memory: as many prompts as there can be.
 
-    Each of them rounds up what it selects, and is scored against a sink of its own.
+    Each of them rounds up what it selects, has a tail and is scored against a sink of its own.
     """
     requests = min(most_requests, max(num_tokens // 2, 1))
     length = np.full(requests, num_tokens // requests, dtype=np.int64)

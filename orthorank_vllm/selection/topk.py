@@ -15,39 +15,42 @@ from orthorank_vllm.selection.plan import Ints, Plan
 
 @dataclass(frozen=True)
 class SegmentedTopK:
-    """A plan's arrays on the device, all int64; see `plan.Plan`.
+    """A plan's arrays at one keep on the device, all int64; see `plan.Plan`.
 
     Attributes:
         pair: [C] candidate and its own request's sink, as an index into all [tokens, R] pairs.
-        rank: [C] what orders candidates before their scores do: the segment in
-            the upper half, and below it the bit that puts a sink after all others.
+        rank: [C] what orders candidates before their scores do: the segment, in the upper half.
+        top_k_slots: [K].
     """
 
     candidates: torch.Tensor
     pair: torch.Tensor
     rank: torch.Tensor
-    top_k_slots: torch.Tensor
     forced_rows: torch.Tensor
+    top_k_slots: torch.Tensor
 
     @staticmethod
     def arrays_of(plan: Plan) -> tuple[Ints, ...]:
-        """The attributes on the host, in order."""
-        rank = plan.segment << 32
-        rank[plan.at_position_0] |= 1 << 31
+        """The attributes on the host, in order, the last one for each of `plan.scored_keeps`."""
         pair = plan.candidates * len(plan.requests) + plan.request
-        return plan.candidates, pair, rank, plan.top_k_slots, plan.forced_rows
+        slots = (plan.quotas[keep].top_k_slots for keep in plan.scored_keeps)
+        return plan.candidates, pair, plan.segment << 32, plan.forced_rows, *slots
 
     @classmethod
-    def of_arrays(cls, plan: Plan, arrays: Sequence[torch.Tensor]) -> "SegmentedTopK":
-        """What is needed of a plan, on the device.
+    def of_arrays(cls, plan: Plan, arrays: Sequence[torch.Tensor]) -> "dict[float, SegmentedTopK]":
+        """What is needed of a plan on the device, by keep.
 
         Args:
             arrays: those of `arrays_of`, on the device.
         """
-        return cls(*arrays)
+        shared, of_keep = arrays[:4], arrays[4:]
+        return {
+            keep: cls(*shared, slots)
+            for keep, slots in zip(plan.scored_keeps, of_keep, strict=True)
+        }
 
     @classmethod
-    def of(cls, plan: Plan, device: torch.device) -> "SegmentedTopK":
+    def of(cls, plan: Plan, device: torch.device) -> "dict[float, SegmentedTopK]":
         return cls.of_arrays(plan, to_device(cls.arrays_of(plan), device))
 
     def rows(
@@ -61,7 +64,7 @@ class SegmentedTopK:
             slots: [R] int64, each request's place among them.
 
         Returns:
-            [plan.num_selected] int64.
+            [plan.num_selected(keep)] int64.
         """
         return select(score(residual, sink_rows.index_select(0, slots), self), self)
 
@@ -91,15 +94,11 @@ def score(residual: torch.Tensor, sinks: torch.Tensor, top_k: SegmentedTopK) -> 
 def select(scores: torch.Tensor, top_k: SegmentedTopK) -> torch.Tensor:
     """Rows to update, ascending (rules 3 and 4).
 
-    A prompt's last token is appended whether it won or not, so that the length
-    is known on the host; if it won it stands there twice, which changes nothing
-    (the same row is computed and written twice).
-
     Args:
         scores: [C] float32, not negative.
 
     Returns:
-        [plan.num_selected] int64.
+        [plan.num_selected(keep)] int64.
     """
     # On so few numbers numpy's operations, on the same memory, take two thirds of torch's time.
     return (select_by_numpy if scores.is_cpu else select_by_torch)(scores, top_k)

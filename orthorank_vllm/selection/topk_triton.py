@@ -23,13 +23,13 @@ SCORE_COLUMNS = 512
 
 @dataclass(frozen=True)
 class SegmentedTopKTriton:
-    """A plan's arrays on the device, all int64; see `plan.Plan`.
+    """A plan's arrays at one keep on the device, all int64; see `plan.Plan`.
 
     Attributes:
         candidates: [C] rows to choose from, ascending, segment by segment.
         request: [C] index of each one's request.
-        segments: [P x 5] of each segment its first candidate, its size, how many are chosen, where
-            those begin in the result, and whether its first candidate is a position 0.
+        segments: [P x 4] of each segment its first candidate, its size, how many are chosen, and
+            where those begin in the result.
         forced_rows: [K] the result, but for the chosen.
         window: positions per window, from 1 to `LARGEST_WINDOW`.
     """
@@ -42,30 +42,40 @@ class SegmentedTopKTriton:
 
     @staticmethod
     def arrays_of(plan: Plan) -> tuple[Ints, ...]:
-        """The attributes on the host, in order, `segments` as one row."""
+        """The attributes on the host: the last two, in one row each, for each scored keep."""
         size = np.bincount(plan.segment)
-        top_k = np.bincount(plan.segment[plan.top_k_slots], minlength=len(size))
         start = np.cumsum(size) - size
         first_row = plan.candidates[start]
-        # Within a segment's rows only a prompt's last is forced, and that one is its last.
-        place = np.cumsum(top_k) - top_k + np.searchsorted(plan.forced_rows, first_row)
-        has_sink = np.isin(start, plan.at_position_0)
-        segments = np.stack([start, size, top_k, place, has_sink], axis=1).astype(np.int64)
-        segments_before = np.searchsorted(first_row, plan.forced_rows, side="right")
-        top_k_before = np.concatenate([[0], np.cumsum(top_k)])[segments_before]
-        forced_rows = np.zeros(plan.num_selected, dtype=np.int64)
-        forced_rows[np.arange(len(plan.forced_rows)) + top_k_before] = plan.forced_rows
-        return plan.candidates, plan.request, segments.ravel(), forced_rows
+        forced_before = np.searchsorted(plan.forced_rows, first_row)
+        segments_before = np.searchsorted(first_row, plan.forced_rows)
+        arrays = [plan.candidates, plan.request]
+        for keep in plan.scored_keeps:
+            top_k = plan.quotas[keep].top_k
+            # A segment's rows are neighbours: none of them is forced.
+            place = np.cumsum(top_k) - top_k + forced_before
+            arrays.append(np.stack([start, size, top_k, place], axis=1).ravel())
+            top_k_before = np.concatenate([[0], np.cumsum(top_k)])[segments_before]
+            forced_rows = np.zeros(plan.num_selected(keep), dtype=np.int64)
+            forced_rows[np.arange(len(plan.forced_rows)) + top_k_before] = plan.forced_rows
+            arrays.append(forced_rows)
+        return tuple(arrays)
 
     @classmethod
-    def of_arrays(cls, plan: Plan, arrays: Sequence[torch.Tensor]) -> "SegmentedTopKTriton":
-        """What is needed of a plan, on the device.
+    def of_arrays(
+        cls, plan: Plan, arrays: Sequence[torch.Tensor]
+    ) -> "dict[float, SegmentedTopKTriton]":
+        """What is needed of a plan on the device, by keep.
 
         Args:
             arrays: those of `arrays_of`, on the device.
         """
-        candidates, request, segments, forced_rows = arrays
-        return cls(candidates, request, segments, forced_rows, plan.window)
+        candidates, request, *of_keep = arrays
+        return {
+            keep: cls(candidates, request, segments, forced_rows, plan.window)
+            for keep, segments, forced_rows in zip(
+                plan.scored_keeps, of_keep[::2], of_keep[1::2], strict=True
+            )
+        }
 
     def rows(
         self, residual: torch.Tensor, sink_rows: torch.Tensor, slots: torch.Tensor
@@ -88,7 +98,7 @@ class SegmentedTopKTriton:
             COLUMNS=SCORE_COLUMNS,
         )
         rows = self.forced_rows.clone()
-        _select[(len(self.segments) // 5,)](
+        _select[(len(self.segments) // 4,)](
             rows, scores, self.candidates, self.segments, SIZE=triton.next_power_of_2(self.window)
         )
         return rows
@@ -140,19 +150,17 @@ def _select(  # type: ignore[no-untyped-def]
     segment_ptr,
     SIZE: tl.constexpr,
 ):
-    segment = segment_ptr + tl.program_id(0) * 5
+    segment = segment_ptr + tl.program_id(0) * 4
     first = tl.load(segment)
     size = tl.load(segment + 1)
     top_k = tl.load(segment + 2)
     place = tl.load(segment + 3)
-    has_sink = tl.load(segment + 4)
     index = tl.arange(0, SIZE)
     is_there = index < size
     score = tl.load(score_ptr + first + index, mask=is_there, other=float("inf"))
     # Floats that are not negative are ordered like their bits, NaN after all numbers.
     order = score.to(tl.int32, bitcast=True)
-    is_last = (index >= size) | ((index == 0) & (has_sink != 0))
-    order = tl.where(is_last, 2147483647, order)
+    order = tl.where(is_there, order, 2147483647)
     is_before = order[None, :] < order[:, None]
     is_before |= (order[None, :] == order[:, None]) & (index[None, :] < index[:, None])
     rank = tl.sum(is_before.to(tl.int32), 1)
