@@ -11,7 +11,6 @@ from orthorank_vllm.options import (
     PROFILE,
     RATIO,
     LayerKeep,
-    OptionError,
     Options,
 )
 from orthorank_vllm.profiles import (
