@@ -159,7 +159,8 @@ class Search:
             differences = [a - b for a, b in zip(added[each], added[least], strict=True)]
             difference = mean[each] - mean[least]
             return difference <= min(
-                self.here.standard_error(differences), NOISE_SHARE * mean[least] + SAME_LOSS
+                self.here.standard_error(differences),
+                NOISE_SHARE * max(mean[least], 0.0) + SAME_LOSS,
             )
 
         return min(filter(is_as_good, added), key=lambda each: (-each.layer, each.keep))
