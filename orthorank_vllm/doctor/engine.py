@@ -63,18 +63,13 @@ def _layers(what: str, engine: EngineStatus) -> Check:
     layers = ",".join(str(LayerKeep(layer, keep)) for layer, keep in engine.layers.items())
     found = f"{len(engine.layers)} of {len(engine.by_layer)} selective [{layers}]"
     found += f", chosen by {engine.chosen_by}"
-    if not engine.is_measured:
+    if not (engine.is_measured and engine.layers):
+        how = "guessed, or fewer than were asked for" if engine.layers else "prefill is dense"
         return failed(
             what,
-            f"{found}: guessed, or fewer than were asked for",
+            f"{found}: {how}",
             "Do what the server's log says after `OrthoRank serves less than was asked for, or "
             "guessed its layers`, or measure them with `orthorank calibrate`, and start anew",
-        )
-    if not engine.layers:
-        return warning(
-            what,
-            f"{found}: even the first one loses more than --orthorank-max-loss",
-            "Allow more, give a ratio, or serve stock vLLM",
         )
     return ok(what, found)
 
