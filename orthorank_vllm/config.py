@@ -1,26 +1,12 @@
 """Which layers are selective: the options, resolved for one model."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from orthorank_vllm.options import (
-    AUTO,
-    DEFAULT_MAX_LOSS,
-    LAYERS,
-    PROFILE,
-    RATIO,
-    LayerKeep,
-    Options,
-)
-from orthorank_vllm.profiles import (
-    Cost,
-    Profile,
-    ProfileError,
-    kept_profiles,
-    read_profile_of,
-    shipped_profile,
-)
+from orthorank_vllm.options import RATIO, LayerKeep, at_most
+from orthorank_vllm.profiles import Cost, Profile
 
 # An expected loss above the one, or a share of found numbers below the other, is worth a warning.
 MUCH_LOSS = 0.1
@@ -31,11 +17,6 @@ UNMEASURED = "the last layers, not measured"
 UNMEASURED_DENSE = 0.5
 
 # Why a start does not measure, and what would help.
-NO_WEIGHTS = (
-    "this load format loads no weights",
-    "give --orthorank-profile, a file that `orthorank calibrate` made on the weights that are to "
-    "come, or --orthorank-layers",
-)
 CALIBRATION_OFF = (
     "--orthorank-calibrate-seconds is 0",
     "measure them once with `orthorank calibrate`, or give --orthorank-profile, --orthorank-layers "
@@ -113,13 +94,24 @@ class OrthoRankConfig:
         )
 
     def entries_needed(self, profile: Profile) -> int | None:
-        """How many of a profile's entries make the ratio; None if it has too few."""
-        if self.ratio_asked is None:
-            return len(profile.entries)
-        for count in range(1, len(profile.entries) + 1):
-            if ratio_of(self._of(profile, count), self.num_layers) > self.ratio_asked - 1e-9:
-                return count
-        return None
+        """How many of a profile's entries make what was asked for.
+
+        None if it has too few, or, where the loss decides, no figures of what is run.
+        """
+        counts = range(1, len(profile.entries) + 1)
+        if self.ratio_asked is not None:
+            enough = (count for count in counts if self.reached(profile, count) >= self.ratio_asked)
+            return next(enough, None)
+        assert self.max_loss is not None
+        costs = {count: cost for count in counts if (cost := _expected(profile, count)) is not None}
+        if not costs or not self._is_of(profile):
+            return None
+        within = (count for count, cost in costs.items() if cost.worst <= self.max_loss)
+        return max(within, default=0)
+
+    def reached(self, profile: Profile, count: int) -> float:
+        """The ratio that a profile's first entries reach, but for float noise above it."""
+        return ratio_of(self._of(profile, count), self.num_layers) + 1e-9
 
     def with_profile(self, profile: Profile, source: str = "") -> "OrthoRankConfig":
         """A copy with the first entries of a profile, all of them where they are too few.
@@ -128,10 +120,14 @@ class OrthoRankConfig:
             source: for the start-up line; by itself the profile's name.
         """
         source = source or f"profile {profile.name}"
-        if self.ratio_asked is None:
-            count = self._entries_within(profile)
-        else:
-            count = self.entries_needed(profile) or len(profile.entries)
+        count = self.entries_needed(profile)
+        if count is None:
+            count = 0 if self.ratio_asked is None else len(profile.entries)
+        if not count:
+            return self.dense(
+                f"by {source} no layer can be selective at a loss of {self.max_loss}",
+                "allow more with --orthorank-max-loss, or give --orthorank-ratio a number",
+            )
         chosen = self.with_layers(self._of(profile, count), source)
         chosen = replace(chosen, measured_on=profile.weights or "")
         if not self._is_of(profile):
@@ -151,7 +147,7 @@ class OrthoRankConfig:
             return self.dense(reason, remedy)
         keep = 0.0 if self.keep is None else self.keep
         most = int(self.num_layers * (1 - UNMEASURED_DENSE))
-        count = -int(-(self.ratio_asked * self.num_layers / (1 - keep) - 1e-9) // 1)
+        count = math.ceil(self.ratio_asked * self.num_layers / (1 - keep) - 1e-9)
         if count > most:
             raise RATIO.rejected(
                 self.ratio_asked,
@@ -200,7 +196,7 @@ class OrthoRankConfig:
         advice = (
             "give --orthorank-ratio 0"
             if self.advised is None
-            else f"--orthorank-ratio {self.advised:.3g} keeps them"
+            else f"--orthorank-ratio {at_most(self.advised)} keeps them"
         )
         return (
             f"OrthoRank expects answers to lose {describe(self.expected)} at this ratio, more than "
@@ -218,15 +214,6 @@ class OrthoRankConfig:
         """Whether the profile's costs are of what is run."""
         rule = (profile.window, profile.tail) == (self.window, self.tail)
         return rule and self.keep is None
-
-    def _entries_within(self, profile: Profile) -> int:
-        assert self.max_loss is not None
-        within = [
-            count
-            for count in range(1, len(profile.entries) + 1)
-            if (cost := _expected(profile, count)) is not None and cost.worst <= self.max_loss
-        ]
-        return max(within, default=0)
 
 
 def ratio_of(layers: Sequence[LayerKeep], num_layers: int) -> float:
@@ -258,95 +245,3 @@ def _advised(profile: Profile) -> float | None:
         and (cost.found is None or cost.found >= FEW_FOUND)
     ]
     return max(little, default=None)
-
-
-def resolve(
-    options: Options, model: Mapping[str, Any], cache_root: str, has_weights: bool = True
-) -> OrthoRankConfig:
-    """Choose the selective layers of one model, or leave that to its start-up.
-
-    What was measured on this machine is known by the weights too, so where there is
-    such a profile of this configuration, the choice is left until they are loaded.
-
-    Args:
-        options: active options.
-        model: see `profiles.model_identity`.
-        cache_root: vLLM's, where calibrated profiles are kept.
-        has_weights: whether the load format loads any: on random ones nothing is
-            measured, and none are known to be those of a profile that was kept.
-
-    Raises:
-        OptionError: the options do not fit this model.
-    """
-    num_layers = int(model["num_hidden_layers"])
-    is_auto = options.ratio == AUTO
-    max_loss = DEFAULT_MAX_LOSS if options.max_loss is None else options.max_loss
-    config = OrthoRankConfig(
-        ratio_asked=None if is_auto else options.ratio,
-        max_loss=max_loss if is_auto else None,
-        keep=options.keep,
-        window=options.window,
-        tail=options.tail,
-        num_layers=num_layers,
-        attention=options.attention,
-    )
-    if options.layers is not None:
-        _check_layers(options, num_layers)
-        return config.with_layers(options.layer_keeps, LAYERS.flag)
-    if options.profile is not None:
-        return config.with_profile(_given_profile(options.profile, model, config))
-    to_choose = replace(config, to_choose=True)
-    if has_weights:
-        to_choose = replace(to_choose, calibrate_seconds=options.calibrate_seconds)
-        if kept_profiles(cache_root, model["config_sha256"], options.window, options.tail):
-            return to_choose
-    shipped = shipped_profile(model)
-    if shipped is not None and config.entries_needed(shipped) is not None:
-        return config.with_profile(shipped)
-    if not has_weights:
-        return config.unmeasured(*NO_WEIGHTS)
-    if options.calibrate_seconds:
-        return to_choose
-    if shipped is not None:
-        raise RATIO.rejected(options.ratio, _reaches_too_little(shipped, config))
-    return config.unmeasured(*CALIBRATION_OFF)
-
-
-def _check_layers(options: Options, num_layers: int) -> None:
-    layers = options.layer_keeps
-    given = ",".join(map(str, options.layers or ()))
-    if max(layer for layer, _ in layers) >= num_layers:
-        raise LAYERS.rejected(
-            given,
-            f"this model has layers 0 to {num_layers - 1} (in a YAML list a layer with its keep "
-            'has quotes, "29:0")',
-        )
-    if options.ratio is not None:
-        reached = ratio_of(layers, num_layers)
-        one_layer = max(1 - (keep or 0.0) for _, keep in layers) / num_layers
-        if abs(reached - options.ratio) > one_layer + 1e-9:
-            raise LAYERS.rejected(
-                given,
-                f"these {len(layers)} layers reach ratio {reached:.3f}, "
-                f"which does not agree with --orthorank-ratio {options.ratio:.4g}",
-            )
-
-
-def _given_profile(path: str, model: Mapping[str, Any], config: OrthoRankConfig) -> Profile:
-    try:
-        profile = read_profile_of(model, path)
-    except ProfileError as error:
-        raise PROFILE.rejected(path, str(error)) from None
-    if config.entries_needed(profile) is None:
-        raise PROFILE.rejected(path, _reaches_too_little(profile, config))
-    if config.max_loss is not None and not any(e.cost or e.held_back for e in profile.entries):
-        raise PROFILE.rejected(path, "--orthorank-ratio auto goes by its losses, and it has none")
-    return profile
-
-
-def _reaches_too_little(profile: Profile, config: OrthoRankConfig) -> str:
-    most = ratio_of(config._of(profile, len(profile.entries)), config.num_layers)
-    return (
-        f"ratio {config.ratio_asked:.4g} is more than the {most:.4g} that the "
-        f"{len(profile.entries)} layers of profile {profile.name} reach"
-    )

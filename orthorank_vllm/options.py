@@ -128,14 +128,10 @@ def _layers(value: object) -> tuple[LayerKeep, ...]:
 
 
 def _are_layers(given: tuple[LayerKeep, ...]) -> bool:
-    layers = [layer for layer, _ in given]
-    keeps = [keep for _, keep in given if keep is not None]
-    return (
-        len(layers) > 0
-        and min(layers) >= 0
-        and len(set(layers)) == len(layers)
-        and all(0 <= keep < 1 for keep in keeps)
-    )
+    layers = {layer for layer, _ in given}
+    keeps = (keep for _, keep in given if keep is not None)
+    is_each_once = len(layers) == len(given) > 0
+    return is_each_once and min(layers) >= 0 and all(0 <= keep < 1 for keep in keeps)
 
 
 RATIO = Option(
@@ -223,6 +219,11 @@ OPTIONS = (
 OFFLINE = {option.name: option for option in OPTIONS if option.read is not None}
 
 
+def at_most(number: float) -> str:
+    """Four digits of a number that is to be given again, rounded down."""
+    return f"{math.floor(number * 1e4 + 1e-6) / 1e4:g}"
+
+
 def checked_mapping(given: object) -> Mapping[str, Any]:
     """`additional_config["orthorank"]`, of unchecked keys; an `OptionError` if it is no mapping."""
     if not isinstance(given, Mapping):
@@ -304,6 +305,6 @@ class Options:
         elif self.ratio is not None and self.keep is not None and self.ratio > 1 - self.keep + 1e-9:
             raise RATIO.rejected(
                 self.ratio,
-                f"with {KEEP.flag} {self.keep:.4g} give at most {1 - self.keep:.4g}, "
+                f"with {KEEP.flag} {self.keep:.4g} give at most {at_most(1 - self.keep)}, "
                 "which makes every layer selective",
             )

@@ -48,7 +48,7 @@ class Cost:
 
     @property
     def worst(self) -> float:
-        """Of the kind of text that loses most."""
+        """The loss of the kind of text that loses most."""
         return max(self.loss.values())
 
 

@@ -1,288 +1,245 @@
-"""What a user may ask for, and the one line that answers what he may not."""
+"""What is run: a profile's first entries, what they are expected to cost, how workers are told."""
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orthorank_vllm.config import OrthoRankConfig, resolve
-from orthorank_vllm.options import OptionError, Options
-from orthorank_vllm.profiles import Profile, cached_path
+from orthorank_vllm.config import CALIBRATION_OFF, OrthoRankConfig, describe
+from orthorank_vllm.options import LayerKeep, OptionError
+from orthorank_vllm.profiles import Cost, Entry, Profile
 
-SMOLLM2 = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_hidden_layers": 30,
-    "num_key_value_heads": 3,
-    "rope_theta": 100000.0,
-    "vocab_size": 49152,
-    "config_sha256": "5" * 64,
-}
-UNKNOWN = {**SMOLLM2, "hidden_size": 640}
-PROFILE = {
-    "format": 4,
-    "name": "mine",
-    "model": SMOLLM2,
-    "method": "orthorank",
-    "keep": 1 / 3,
-    "window": 128,
-    "order": [1],
-}
+THIRD = 1 / 3
+MODEL = {"num_hidden_layers": 10}
+CONFIG = OrthoRankConfig(ratio_asked=0.25, window=128, tail=64, num_layers=10)
+AUTO = replace(CONFIG, ratio_asked=None, max_loss=0.02)
 
 
-def resolved(model: dict[str, Any] = SMOLLM2, **given: Any) -> OrthoRankConfig:
-    return resolve(Options.from_mapping(given), model, cache_root="/nowhere")
+def cost(loss: float, found: float | None = None, **more: float) -> Cost:
+    return Cost({"prose": loss, **more}, found)
+
+
+# Ratios 0.1, 0.2, 0.275, 0.375 and 0.475.
+ENTRIES = (
+    Entry(9, 0.0, cost(0.0), cost(0.0, 1.0)),
+    Entry(8, 0.0, cost(0.001), cost(0.004, 1.0, copy=0.019)),
+    Entry(3, 0.25, cost(0.002), cost(0.03, 0.97, copy=0.005)),
+    Entry(7, 0.0, cost(0.01), cost(0.02, 0.96, copy=0.01)),
+    Entry(6, 0.0, cost(0.3), cost(0.25, 0.5, copy=0.1)),
+)
+
+
+def profile(*entries: Entry, **changed: Any) -> Profile:
+    fields: dict[str, Any] = {"window": 128, "tail": 64, "weights": "a" * 64, **changed}
+    return Profile("mine", MODEL, entries or ENTRIES, **fields)
+
+
+def without_costs() -> Profile:
+    return profile(*(Entry(entry.layer, entry.keep) for entry in ENTRIES))
+
+
+def with_ratio(ratio: float, **changed: Any) -> OrthoRankConfig:
+    return replace(CONFIG, ratio_asked=ratio, **changed).with_profile(profile())
 
 
 @pytest.mark.parametrize(
-    ("given", "named"),
-    [
-        ({"ratio": -0.1}, "--orthorank-ratio -0.1"),
-        ({"ratio": 1}, "--orthorank-ratio 1"),
-        ({"ratio": float("nan")}, "--orthorank-ratio nan"),
-        ({"ratio": "a third"}, "--orthorank-ratio a third"),
-        ({"ratio": True}, "--orthorank-ratio True"),
-        ({"ratio": 0.7}, "--orthorank-ratio 0.7: not allowed, with --orthorank-keep 0.3333"),
-        ({"ratio": 0.3, "keep": 0}, "--orthorank-keep 0"),
-        ({"ratio": 0.3, "keep": 1}, "--orthorank-keep 1"),
-        ({"ratio": 0.3, "keep": "1/0"}, "--orthorank-keep 1/0: not allowed, give a number"),
-        ({"ratio": 0.3, "window": -1}, "--orthorank-window -1"),
-        ({"ratio": 0.3, "window": 1.5}, "--orthorank-window 1.5"),
-        ({"layers": "3,x"}, "--orthorank-layers 3,x"),
-        ({"layers": "3,3"}, "--orthorank-layers 3,3"),
-        ({"layers": [-1, 4]}, "--orthorank-layers [-1, 4]"),
-        ({"layers": []}, "--orthorank-layers []"),
-        ({"layers": [1.0]}, "--orthorank-layers [1.0]"),
-        ({"layers": [3], "profile": "p.json"}, "it excludes --orthorank-profile p.json"),
-        ({"keep": 0.5}, "--orthorank-keep 0.5: not allowed, it changes nothing without"),
-        ({"profile": "p.json"}, "--orthorank-profile p.json: not allowed, it changes nothing"),
-        ({"ratio": 0.3, "sparsity": 1}, "unknown key 'sparsity': allowed are ratio, keep"),
-        (0.3, 'additional_config["orthorank"] = 0.3'),
-    ],
+    ("ratio", "count"),
+    [(0.001, 1), (0.1, 1), (0.101, 2), (0.2, 2), (0.25, 3), (0.275, 3), (0.276, 4), (0.475, 5)],
 )
-def test_a_wrong_option_is_named_in_one_line(given: Any, named: str) -> None:
-    with pytest.raises(OptionError) as caught:
-        Options.from_mapping(given)
-    assert named in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_fraction_may_be_written_as_one() -> None:
-    options = Options.from_mapping({"ratio": "3/10", "keep": "1/5"})
-    assert (options.ratio, options.keep) == (0.3, 0.2)
-
-
-@pytest.mark.parametrize(
-    ("given", "named"),
-    [
-        ({"layers": [30]}, "this model has layers 0 to 29"),
-        ({"layers": [3, 4], "ratio": 0.3}, "reach ratio 0.044"),
-        ({"ratio": 0.001}, "makes 0 of this model's 30 layers selective; give 0.02222 to 0.6667"),
-        (
-            {"ratio": 0.6, "calibrate_seconds": 0},
-            "needs 27 selective layers and profile SmolLM2-135M-Instruct ranks 14",
-        ),
-        ({"ratio": 0.3, "profile": "/nowhere.json"}, "cannot be read (No such file"),
-    ],
-)
-def test_an_option_that_does_not_fit_the_model_is_named_in_one_line(
-    given: dict[str, Any], named: str
+def test_entries_are_taken_from_the_front_until_the_ratio_is_reached(
+    ratio: float, count: int
 ) -> None:
-    with pytest.raises(OptionError) as caught:
-        resolved(**given)
-    assert named in str(caught.value)
-    assert "\n" not in str(caught.value)
+    """Break seen: the count that comes nearest."""
+    config = with_ratio(ratio)
+    assert config.layers == tuple(entry.layer_keep for entry in ENTRIES[:count])
+    assert config.ratio >= ratio - 1e-9
+
+
+def test_the_ratio_reached_is_what_is_reported() -> None:
+    config = with_ratio(0.25)
+    assert config.ratio == pytest.approx(0.275)
+    assert config.describe() == (
+        "OrthoRank is active: ratio 0.275 (asked for 0.25), window 128, tail 64, 3 of 10 layers "
+        "selective [9:0,8:0,3:0.25], chosen by profile mine, expected loss prose 0.030, copy 0.005 "
+        "nats a token; 97% of numbers found"
+    )
+
+
+def test_more_than_the_profile_has_is_all_of_it_and_known_beforehand() -> None:
+    config = replace(CONFIG, ratio_asked=0.5)
+    assert config.entries_needed(profile()) is None
+    assert len(config.with_profile(profile()).layers) == 5
+
+
+def test_a_keep_by_hand_is_every_layers_and_makes_the_profiles_costs_unknown() -> None:
+    config = with_ratio(0.25, keep=THIRD)
+    assert config.layers == tuple(LayerKeep(layer, THIRD) for layer in (9, 8, 3, 7))
+    assert config.keeps == (THIRD,)
+    assert config.expected is None
+    assert config.measured_on == "a" * 64
+
+
+@pytest.mark.parametrize("changed", [{"window": 0}, {"tail": 1}])
+def test_another_rule_makes_the_profiles_costs_unknown(changed: dict[str, int]) -> None:
+    config = with_ratio(0.25, **changed)
+    assert len(config.layers) == 3
+    assert (config.expected, config.advised) == (None, None)
+
+
+def test_what_is_expected_is_the_last_entrys_cost_on_held_back_text() -> None:
+    """Break seen: that of the text which the layers were chosen on."""
+    assert with_ratio(0.25).expected == ENTRIES[2].held_back
+    chosen_on = profile(*(replace(entry, held_back=None) for entry in ENTRIES))
+    assert CONFIG.with_profile(chosen_on).expected == ENTRIES[2].cost
+    assert CONFIG.with_profile(without_costs()).expected is None
+
+
+@pytest.mark.parametrize(
+    ("max_loss", "count"), [(0.0, 1), (0.01, 1), (0.019, 2), (0.02, 4), (9, 5)]
+)
+def test_auto_takes_the_most_entries_that_lose_little_on_the_worst_kind(
+    max_loss: float, count: int
+) -> None:
+    """Breaks seen: the mean of the kinds; up to the first entry that loses more."""
+    config = replace(AUTO, max_loss=max_loss).with_profile(profile())
+    assert config.layers == tuple(entry.layer_keep for entry in ENTRIES[:count])
+    assert config.expected == ENTRIES[count - 1].held_back
+    assert config.warning() == ""
+    assert f"(auto: at most {max_loss:.3g} nats lost)" in config.describe()
+
+
+@pytest.mark.parametrize(
+    "unfit", [without_costs(), profile(window=64), profile(tail=1)], ids=["costs", "window", "tail"]
+)
+def test_auto_needs_figures_of_what_is_run(unfit: Profile) -> None:
+    """Break seen: another tail's figures; no figures, and so silently no layer."""
+    assert AUTO.entries_needed(unfit) is None
+    config = AUTO.with_profile(unfit)
+    assert config.layers == ()
+    assert not config.measured
+
+
+def test_auto_that_can_take_no_layer_says_so() -> None:
+    lossy = profile(Entry(3, 0.0, cost(0.5)))
+    assert AUTO.entries_needed(lossy) == 0
+    config = AUTO.with_profile(lossy)
+    assert (config.layers, config.ratio, config.warning()) == ((), 0, "")
+    assert config.source == "nothing: by profile mine no layer can be selective at a loss of 0.02"
+    assert "--orthorank-max-loss" in config.remedy
+
+
+def test_nothing_is_said_of_layers_that_cost_little() -> None:
+    assert with_ratio(0.275).warning() == ""
+    assert with_ratio(0.375).warning() == ""
+
+
+def test_a_start_warns_of_what_costs_much_and_says_what_would_not() -> None:
+    assert with_ratio(0.475).warning() == (
+        "OrthoRank expects answers to lose prose 0.250, copy 0.100 nats a token; 50% of numbers "
+        "found at this ratio, more than 0.1 nats on the worst kind of text or more than 5% of the "
+        "look-ups: --orthorank-ratio 0.375 keeps them."
+    )
+
+
+def test_a_start_warns_of_look_ups_that_are_lost_where_the_loss_is_small() -> None:
+    forgetful = profile(ENTRIES[0], Entry(5, 0.0, cost(0.001, 0.94)))
+    config = replace(CONFIG, ratio_asked=0.2).with_profile(forgetful)
+    assert "94% of numbers found" in config.warning()
+    assert config.warning().endswith("--orthorank-ratio 0.1 keeps them.")
+
+
+def test_the_advised_ratio_is_one_that_gives_just_those_entries() -> None:
+    """Break seen: 0.13333 rounded up, which takes one layer more."""
+    config = replace(CONFIG, num_layers=15, ratio_asked=0.2)
+    model = {"num_hidden_layers": 15}
+    three = Profile(
+        "mine",
+        model,
+        (*ENTRIES[:2], Entry(5, 0.0, cost(0.4))),
+        window=128,
+        tail=64,
+    )
+    assert config.with_profile(three).warning().endswith("--orthorank-ratio 0.1333 keeps them.")
+    assert replace(config, ratio_asked=0.1333).entries_needed(three) == 2
+
+
+def test_where_no_ratio_keeps_them_the_advice_is_none() -> None:
+    config = CONFIG.with_profile(profile(*(replace(e, held_back=cost(0.5)) for e in ENTRIES)))
+    assert config.warning().endswith("give --orthorank-ratio 0.")
+
+
+def test_of_layers_without_figures_a_start_says_that_nobody_knows() -> None:
+    by_hand = CONFIG.with_layers([LayerKeep(7, 0.0)], "--orthorank-layers")
+    assert by_hand.measured
+    for config in (by_hand, CONFIG.with_profile(without_costs())):
+        assert config.warning().startswith("OrthoRank does not know what answers lose")
+
+
+def test_layers_stay_in_the_order_given_and_keeps_are_told_once() -> None:
+    layers = [LayerKeep(7, 0.25), LayerKeep(2, 0.0), LayerKeep(5, 0.25)]
+    config = CONFIG.with_layers(layers, "--orthorank-layers")
+    assert config.layers == tuple(layers)
+    assert config.keeps == (0.25, 0.0)
+    assert config.ratio == pytest.approx(0.25)
+
+
+def test_without_a_measurement_the_last_layers_are_taken_and_said_to_be_a_guess() -> None:
+    config = CONFIG.unmeasured(*CALIBRATION_OFF)
+    assert config.layers == (LayerKeep(9, 0.0), LayerKeep(8, 0.0), LayerKeep(7, 0.0))
+    assert config.source == "the last layers, not measured: --orthorank-calibrate-seconds is 0"
+    assert not config.measured
+    assert "`orthorank calibrate`" in config.remedy
+    thirds = replace(CONFIG, keep=THIRD).unmeasured(*CALIBRATION_OFF)
+    assert thirds.layers == tuple(LayerKeep(layer, THIRD) for layer in (9, 8, 7, 6))
+
+
+def test_a_count_of_unmeasured_layers_that_is_whole_is_not_rounded_up() -> None:
+    """Break seen: 0.3 x 10 is 3.0000000000000004 with some numbers."""
+    for tenths in range(1, 6):
+        config = replace(CONFIG, ratio_asked=sum([0.1] * tenths)).unmeasured("", "help")
+        assert len(config.layers) == tenths
 
 
 def test_more_layers_than_an_unmeasured_model_may_lose_is_an_error() -> None:
-    with pytest.raises(OptionError, match=r"only 25 of this model's 30 may be; measure") as raised:
-        resolved(UNKNOWN, ratio=0.6, calibrate_seconds=0)
-    assert "--orthorank-calibrate-seconds is 0" in str(raised.value)
-
-
-def test_too_many_layers_after_too_little_time_names_the_time_and_the_option() -> None:
-    """Break seen: a remedy for a model without a profile, for one whose time had run out."""
-    config = resolved(UNKNOWN, ratio=0.6, calibrate_seconds=5)
+    config = replace(CONFIG, ratio_asked=0.51)
     with pytest.raises(OptionError) as raised:
-        config.evenly_spaced("5 s were too few", "give --orthorank-calibrate-seconds 70 or more")
+        config.unmeasured("5 s were too few", "give --orthorank-calibrate-seconds 70 or more")
     assert str(raised.value) == (
-        "--orthorank-ratio 0.6: not allowed, it needs 27 selective layers, and of layers that are "
-        "not measured (5 s were too few) only 25 of this model's 30 may be; give "
+        "--orthorank-ratio 0.51: not allowed, it needs 6 selective layers, and of layers that are "
+        "not measured (5 s were too few) only the last 5 of this model's 10 may be; give "
         "--orthorank-calibrate-seconds 70 or more"
     )
 
 
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        ("{", "it is not JSON"),
-        (json.dumps({**PROFILE, "format": 1}), "its format is 1 and this orthorank-vllm reads 4"),
-        (json.dumps({**PROFILE, "order": [1, 1]}), "has non-unique elements"),
-        (
-            json.dumps({**PROFILE, "model": UNKNOWN}),
-            "measured on another model (hidden_size 640 against 576)",
-        ),
-        (json.dumps(PROFILE), "ranks 1"),
-    ],
-)
-def test_a_profile_that_cannot_be_used_says_why(tmp_path: Path, content: str, named: str) -> None:
-    path = tmp_path / "profile.json"
-    path.write_text(content)
-    with pytest.raises(OptionError) as caught:
-        resolved(ratio=0.3, profile=str(path))
-    assert str(path) in str(caught.value)
-    assert named in str(caught.value)
-
-
-@pytest.mark.parametrize("given", [{}, {"ratio": 0}, {"ratio": 0.0, "layers": [3]}])
-def test_a_ratio_of_zero_or_none_is_off(given: dict[str, Any]) -> None:
-    assert not Options.from_mapping(given).is_active
-
-
-def test_the_number_of_selective_layers_is_rounded_half_up() -> None:
-    """Break seen: 0.3 x 30 / (2/3) = 13.5 is 13.49999 in floats."""
-    assert len(resolved(ratio=0.3).layers) == 14
-    assert len(resolved(ratio=0.09).layers) == 4
-
-
-def test_the_ratio_reached_is_what_is_reported() -> None:
-    config = resolved(ratio=0.3)
-    assert config.ratio == pytest.approx(14 * (2 / 3) / 30)
-    assert "ratio 0.311 (asked for 0.3)" in config.describe()
-
-
-def test_the_shipped_profile_is_found_by_the_shape_of_the_model() -> None:
-    config = resolved(ratio=0.1)
-    assert set(config.layers) == {5, 4, 6, 7, 3}
-    assert config.source == "profile SmolLM2-135M-Instruct"
-    assert config.measured
-
-
-def test_layers_by_hand_are_used_as_they_are_in_any_order() -> None:
-    assert resolved(layers="7,26, 14").layers == (7, 14, 26)
-    assert resolved(UNKNOWN, layers=[29, 0]).layers == (0, 29)
-
-
-def test_a_ratio_given_with_layers_may_differ_by_one_layers_share() -> None:
-    assert resolved(layers=[3, 5, 7, 9], ratio=0.1).layers == (3, 5, 7, 9)
-
-
-def test_without_a_profile_the_layers_are_evenly_spaced_and_leave_out_both_ends() -> None:
-    config = resolved(UNKNOWN, ratio=0.3, calibrate_seconds=0)
-    assert len(config.layers) == 14
-    assert min(config.layers) >= 3
-    assert max(config.layers) <= 27
-    gaps = {b - a for a, b in zip(config.layers, config.layers[1:], strict=False)}
-    assert gaps <= {1, 2}
+def test_auto_without_a_measurement_is_dense() -> None:
+    config = AUTO.unmeasured(*CALIBRATION_OFF)
+    assert config.layers == ()
+    assert config.source == "nothing: --orthorank-calibrate-seconds is 0"
     assert not config.measured
-    assert config.source == "even spacing, not measured: --orthorank-calibrate-seconds is 0"
-    assert "`orthorank calibrate`" in config.remedy
-    assert OrthoRankConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
-
-
-def test_a_profile_file_gives_its_first_layers(tmp_path: Path) -> None:
-    path = tmp_path / "mine.json"
-    Profile("mine", UNKNOWN, (9, 4, 2, 8), keep=1 / 3, window=128).write(path)
-    config = resolved(UNKNOWN, ratio=0.06, profile=str(path))
-    assert config.layers == (2, 4, 9)
-    assert config.source == "profile mine"
-
-
-def test_a_resolved_configuration_survives_the_way_to_a_worker() -> None:
-    config = resolved(ratio=0.3, keep=0.25, window=0)
-    assert OrthoRankConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
-
-
-def test_without_a_profile_the_layers_are_left_to_a_calibration_at_start_up() -> None:
-    config = resolved(UNKNOWN, ratio=0.3)
-    assert (config.to_choose, config.layers, config.calibrate_seconds) == (14, (), 60)
-    assert OrthoRankConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
-
-
-def test_a_ratio_past_the_shipped_profile_is_calibrated_too() -> None:
-    assert resolved(ratio=0.5).to_choose == 23
-    with pytest.raises(OptionError, match="profile SmolLM2-135M-Instruct ranks 14"):
-        resolved(ratio=0.5, calibrate_seconds=0)
-
-
-def test_a_profile_given_by_hand_that_ranks_too_few_layers_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "mine.json"
-    Profile("mine", UNKNOWN, (9, 4), keep=1 / 3, window=128).write(path)
-    with pytest.raises(OptionError, match=r"--orthorank-profile .* profile mine ranks 2"):
-        resolved(UNKNOWN, ratio=0.3, profile=str(path))
-
-
-def test_where_a_profile_was_measured_here_the_choice_waits_for_the_weights(tmp_path: Path) -> None:
-    """Whose it is, the weights tell; before them goes neither it nor the shipped one."""
-    Profile("mine", SMOLLM2, (9, 4), keep=1 / 3, window=128, weights="a" * 64).write(
-        cached_path(tmp_path, "5" * 64, "a" * 64, 1 / 3, 128)
-    )
-    options = Options.from_mapping({"ratio": 0.3, "calibrate_seconds": 0})
-    waiting = resolve(options, SMOLLM2, str(tmp_path))
-    assert (waiting.to_choose, waiting.layers, waiting.calibrate_seconds) == (14, (), 0)
-    options = Options.from_mapping({"ratio": 0.3, "window": 64})
-    assert resolve(options, SMOLLM2, str(tmp_path)).source == "profile SmolLM2-135M-Instruct"
-
-
-def test_a_start_without_weights_measures_nothing_and_takes_nothing_kept(tmp_path: Path) -> None:
-    """Break seen: a server of random weights that calibrated on them."""
-    for model in (SMOLLM2, UNKNOWN):
-        Profile("mine", model, tuple(range(20)), 1 / 3, 128, weights="a" * 64).write(
-            cached_path(tmp_path, "5" * 64, "a" * 64, 1 / 3, 128)
-        )
-        options = Options.from_mapping({"ratio": 0.3})
-        config = resolve(options, model, str(tmp_path), has_weights=False)
-        assert (config.to_choose, len(config.layers)) == (0, 14)
-        assert config.measured == (model is SMOLLM2)
-    assert config.source == "even spacing, not measured: this load format loads no weights"
-    assert "--orthorank-profile" in config.remedy
-    assert "seconds" not in config.remedy
-    options = Options.from_mapping({"ratio": 0.5})
-    assert not resolve(options, SMOLLM2, str(tmp_path), has_weights=False).measured
-
-
-def test_a_profiles_weights_go_with_its_layers() -> None:
-    measured_on = resolved(ratio=0.3).measured_on
-    assert len(measured_on) == 64
-    assert resolved(layers="7,26").measured_on == ""
-
-
-def test_a_profile_measured_with_another_keep_says_so() -> None:
-    source = resolved(ratio=0.3, keep=0.25).source
-    assert source == "profile SmolLM2-135M-Instruct (measured with keep 0.333)"
-
-
-def with_lookups(lookups: list[float | None]) -> Profile:
-    return Profile(
-        name="mine", model=SMOLLM2, order=(5, 4, 6), keep=1 / 3, window=128, lookups=tuple(lookups)
-    )
 
 
 @pytest.mark.parametrize(
-    ("lookups", "said"),
+    "config",
     [
-        ([], "has not measured whether the model still finds things"),
-        ([None, None, 1.0], "has not measured whether the model still finds things"),
-        ([None, 0.04], "finds 4% of the numbers in a list"),
+        with_ratio(0.25),
+        with_ratio(0.475, keep=THIRD, window=0, tail=1),
+        CONFIG.with_profile(without_costs()),
+        AUTO.with_profile(profile()),
+        AUTO.unmeasured(*CALIBRATION_OFF),
+        CONFIG.unmeasured(*CALIBRATION_OFF),
+        replace(CONFIG, to_choose=True, calibrate_seconds=300.0),
+        CONFIG.with_layers([LayerKeep(7, THIRD), LayerKeep(2, 0.0)], "--orthorank-layers"),
     ],
 )
-def test_a_start_says_what_becomes_of_look_ups(lookups: list[float | None], said: str) -> None:
-    config = replace(resolved(layers=[0]), to_choose=2).with_profile(with_lookups(lookups))
-    assert said in config.describe_lookups()
+def test_a_configuration_survives_the_way_to_a_worker(config: OrthoRankConfig) -> None:
+    as_dict = config.as_dict()
+    assert OrthoRankConfig.from_dict(as_dict) == config
+    through_json = OrthoRankConfig.from_dict(json.loads(json.dumps(as_dict)))
+    assert through_json == config
+    assert all(type(layer) is LayerKeep for layer in through_json.layers)
 
 
-def test_a_start_says_nothing_of_look_ups_that_are_found() -> None:
-    config = replace(resolved(layers=[0]), to_choose=2).with_profile(with_lookups([1.0, 0.95]))
-    assert config.describe_lookups() == ""
-
-
-def test_look_ups_measured_with_another_rule_say_nothing() -> None:
-    other = replace(resolved(layers=[0]), to_choose=2, keep=0.5)
-    assert other.with_profile(with_lookups([1.0, 1.0])).lookups is None
-
-
-def test_layers_given_by_hand_are_not_said_to_find_things() -> None:
-    assert "has not measured" in resolved(layers=[7, 26]).describe_lookups()
+def test_a_cost_is_told_in_one_line() -> None:
+    assert describe(cost(0.01234, copy=0.2)) == "prose 0.012, copy 0.200 nats a token"
+    assert describe(cost(0.0, 0.955)) == "prose 0.000 nats a token; 96% of numbers found"

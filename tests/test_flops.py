@@ -74,40 +74,67 @@ def test_a_dense_prompt_costs_what_torch_counts() -> None:
     )
 
 
-def plan_of(tokens: int, computed: int = 0, prompt_len: int = 0, window: int = 128) -> Plan:
+THIRD = 1 / 3
+
+
+def plan_of(
+    tokens: int, computed: int = 0, prompt_len: int = 0, window: int = 128, tail: int = 1
+) -> Plan:
     """Of a chunk; without the prompt's length, of a prompt whose every row is read."""
     first = np.zeros(1, dtype=np.int64)
     batch = Batch(first + computed, first + tokens, first + (prompt_len or tokens), first)
-    plan = make_plan(replace(batch, wants_all_rows=not prompt_len), 1 / 3, window)
+    keeps = [THIRD, 0.0]
+    plan = make_plan(replace(batch, wants_all_rows=not prompt_len), keeps, window, tail)
     assert plan is not None
     return plan
 
 
 def test_a_selective_layer_costs_k_and_v_for_all_and_the_rest_for_the_updated_ones() -> None:
     shapes = Shapes.of(CONFIG)
+    layers = {1: THIRD, 3: 0.0}
     dense = prefill_flops(shapes, TOKENS)
-    sparse = dense - flops_saved(plan_of(TOKENS, window=0), shapes, 2, True)
-    # ceil(40 / 3) = 14, and the last token.
-    updated = 15
+    sparse = dense - flops_saved(plan_of(TOKENS, window=0, tail=6), shapes, layers, 4)
+    # ceil(33 / 3) = 11, position 0 and the tail; or these alone.
+    updated = 11 + 7 + 7
     key_value = 2 * 64 * 2 * 2 * 24
     head = 2 * 64 * 300
     per_layer = (dense - head) / 5
     rest_per_token = per_layer / TOKENS - key_value
-    expected = 3 * per_layer + 2 * (TOKENS * key_value + updated * rest_per_token) + head
+    expected = 3 * per_layer + 2 * TOKENS * key_value + updated * rest_per_token + head
     assert sparse == pytest.approx(expected)
     # Of the last layer only one row is read.
     unread = (TOKENS - 1) * rest_per_token
-    assert prefill_flops(shapes, TOKENS, selective=2, window=0) == pytest.approx(sparse - unread)
+    assert prefill_flops(shapes, TOKENS, layers, window=0, tail=6) == pytest.approx(sparse - unread)
 
 
-def test_the_shipped_models_linear_layers_gain_what_their_shapes_allow() -> None:
+def test_a_selective_last_layer_saves_what_any_last_layer_does() -> None:
+    """Break seen: counted twice, as selective and as the last."""
+    shapes = Shapes.of(CONFIG)
+    plan = plan_of(128, prompt_len=128)
+    for layers in ({4: 0.0}, {4: THIRD}, {}):
+        assert flops_saved(plan, shapes, layers, 4) == pytest.approx(127 * shapes.update(64.5))
+    # A stage without it, and rows that are all read.
+    assert flops_saved(plan, shapes, {4: 0.0}, None) == pytest.approx(126 * shapes.update(64.5))
+    assert flops_saved(plan_of(128), shapes, {4: 0.0}, 4) == pytest.approx(
+        126 * shapes.update(64.5)
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 64, 65])
+def test_a_prompt_that_is_all_tail_costs_what_it_does_in_stock_vllm(tokens: int) -> None:
+    shapes = Shapes.of(CONFIG)
+    assert prefill_flops(shapes, tokens, {1: 0.0}) == prefill_flops(shapes, tokens)
+    assert prefill_flops(shapes, 66, {1: 0.0}) < prefill_flops(shapes, 66)
+
+
+def test_the_linear_layers_of_a_real_model_gain_what_their_shapes_allow() -> None:
     """0.938 of a SmolLM2 layer's weights are not K's and V's: 1 / (1 - 0.311 x 0.938)."""
     smollm2 = Shapes(30, 576, 9, 3, 64, 1536, vocabulary=0)
     # So many tokens that rounding up is nothing; heads of size 0 would be no attention at all.
     tokens = 128 * 300
     dense = prefill_flops(smollm2, tokens)
     attention = 30 * 4.0 * 576 * (tokens + 1) / 2 * tokens
-    saved = flops_saved(plan_of(tokens), smollm2, 14, True)
+    saved = flops_saved(plan_of(tokens), smollm2, dict.fromkeys(range(14), THIRD), 29)
     saved_attention = attention * 14 / 30 * (1 - 43 / 128)
     gain = (dense - attention) / (dense - attention - (saved - saved_attention))
     assert gain == pytest.approx(1 / (1 - 0.311 * 0.938), rel=5e-3)
@@ -122,7 +149,8 @@ def test_experts_count_as_many_as_a_token_meets() -> None:
 
 def test_a_later_chunk_saves_more_as_its_queries_see_more_keys() -> None:
     shapes = Shapes.of(CONFIG)
-    early = flops_saved(plan_of(128, prompt_len=999), shapes, 2, False)
-    late = flops_saved(plan_of(128, computed=512, prompt_len=999), shapes, 2, False)
+    layers = {1: THIRD, 2: THIRD}
+    early = flops_saved(plan_of(128, computed=128, prompt_len=999), shapes, layers, None)
+    late = flops_saved(plan_of(128, computed=512, prompt_len=999), shapes, layers, None)
     skipped = 2 * (128 - 43)
-    assert late - early == pytest.approx(skipped * 4 * 4 * 24 * 512)
+    assert late - early == pytest.approx(skipped * 4 * 4 * 24 * (512 - 128))

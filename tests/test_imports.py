@@ -24,7 +24,7 @@ ROWS = (
     {"engine"},
     {"metrics", "offline"},
     {"model"},
-    {"attention", "cli"},
+    {"attention", "cli", "resolve"},
     {"config", "flops"},
     {"profiles", "selection"},
     {"files"},
@@ -38,6 +38,7 @@ KNOW_NOTHING_OF_VLLM = {
     "metrics",
     "options",
     "profiles",
+    "resolve",
     "selection",
 }
 

@@ -11,6 +11,8 @@ import pytest
 from transformers import LlamaConfig
 
 from orthorank_vllm.profiles import (
+    Cost,
+    Entry,
     Profile,
     ProfileError,
     cached_path,
@@ -20,7 +22,6 @@ from orthorank_vllm.profiles import (
     model_identity,
     model_shape,
     read_profile,
-    shipped_profile,
 )
 
 SHAPE = {
@@ -44,32 +45,32 @@ WEIGHTS, OTHER_WEIGHTS = "a" * 64, "b" * 64
 def found(
     config: LlamaConfig, cache_root: str | Path = "/nowhere", weights: str | None = WEIGHTS
 ) -> Profile | None:
-    return find_profile(model_identity(config), weights, 1 / 3, 128, cache_root)
+    return find_profile(model_identity(config), weights, 128, 64, cache_root)
 
 
 def keep_in(cache_root: Path, profile: Profile, config: LlamaConfig) -> Path:
     assert profile.weights is not None
-    rule = profile.keep, profile.window
+    rule = profile.window, profile.tail
     path = cached_path(cache_root, config_hash(config), profile.weights, *rule)
     profile.write(path)
     return path
 
 
 def profile_of(config: LlamaConfig, **changed: Any) -> Profile:
-    fields = {"order": (4, 2), "keep": 1 / 3, "window": 128, "weights": WEIGHTS, **changed}
+    entries = (Entry(4, 0.0), Entry(2, 0.25))
+    fields = {"entries": entries, "window": 128, "tail": 64, "weights": WEIGHTS, **changed}
     return Profile("mine", model_identity(config), **fields)
 
 
-def test_the_shipped_profiles_are_measured_and_found_by_their_models() -> None:
+def test_the_shipped_profiles_are_found_by_their_models_and_by_whose_weights_they_are() -> None:
     folder = Path(str(resources.files("orthorank_vllm") / "profile_data"))
     profiles = [read_profile(path) for path in folder.glob("*.json")]
     assert profiles
     for profile in profiles:
-        rule = profile.keep, profile.window
+        rule = profile.window, profile.tail
         assert find_profile(profile.model, None, *rule, "/nowhere") == profile
         assert profile.weights is not None
-        assert profile.data is not None
-        assert len(profile.losses) == len(profile.order)
+        assert profile.entries
 
 
 def test_smollm2_is_known_by_its_shape() -> None:
@@ -111,21 +112,23 @@ def test_a_profile_measured_here_is_found_by_model_weights_and_rule(tmp_path: Pa
     mine = profile_of(config)
     keep_in(tmp_path, mine, config)
     assert found(config, tmp_path) == mine
-    assert find_profile(model_identity(config), WEIGHTS, 0.5, 128, tmp_path) is None
-    assert find_profile(model_identity(config), WEIGHTS, 1 / 3, 64, tmp_path) is None
+    assert find_profile(model_identity(config), WEIGHTS, 64, 64, tmp_path) is None
+    assert find_profile(model_identity(config), WEIGHTS, 128, 1, tmp_path) is None
     assert found(smollm2(intermediate_size=1700), tmp_path) is None
 
 
 def test_a_fine_tune_and_its_base_keep_a_profile_each(tmp_path: Path) -> None:
     config = smollm2(intermediate_size=1600)
-    base, tuned = profile_of(config), profile_of(config, weights=OTHER_WEIGHTS, order=(7, 8))
+    base = profile_of(config)
+    tuned = profile_of(config, weights=OTHER_WEIGHTS, entries=(Entry(7, 0.0),))
     keep_in(tmp_path, base, config)
     assert found(config, tmp_path, OTHER_WEIGHTS) is None
     keep_in(tmp_path, tuned, config)
     assert found(config, tmp_path, OTHER_WEIGHTS) == tuned
     assert found(config, tmp_path) == base
     assert found(config, tmp_path, weights=None) is None
-    assert len(kept_profiles(tmp_path, config_hash(config), 1 / 3, 128)) == 2
+    assert len(kept_profiles(tmp_path, config_hash(config), 128, 64)) == 2
+    assert kept_profiles(tmp_path, config_hash(config), 128, 1) == []
 
 
 def test_a_file_that_was_put_in_the_place_of_other_weights_is_not_taken(tmp_path: Path) -> None:
@@ -136,29 +139,31 @@ def test_a_file_that_was_put_in_the_place_of_other_weights_is_not_taken(tmp_path
     assert found(config, tmp_path) is None
 
 
-def test_a_profile_kept_before_weights_were_told_apart_is_not_taken(tmp_path: Path) -> None:
+def test_a_profile_kept_by_an_older_version_is_not_taken(tmp_path: Path) -> None:
+    """Break seen: a name that today's pattern finds, with what it cannot read."""
     config = smollm2(intermediate_size=1600)
-    old = tmp_path / "orthorank" / f"{config_hash(config)[:32]}-keep0.3333-window128.json"
-    profile_of(config).write(old)
+    name = f"{config_hash(config)[:32]}-{WEIGHTS[:16]}-keep0.3333-window128.json"
+    profile_of(config).write(tmp_path / "orthorank" / name)
     assert found(config, tmp_path) is None
-    assert kept_profiles(tmp_path, config_hash(config), 1 / 3, 128) == []
+    assert kept_profiles(tmp_path, config_hash(config), 128, 64) == []
 
 
 def test_a_damaged_file_in_the_cache_is_as_good_as_none(tmp_path: Path) -> None:
     config = smollm2(intermediate_size=1600)
     path = keep_in(tmp_path, profile_of(config), config)
-    path.write_text('{"format": 4, "name')
+    path.write_text('{"format": 5, "name')
     assert found(config, tmp_path) is None
 
 
 def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
+    costs = Cost({"prose": 0.01, "copy": 0.2}), Cost({"prose": 0.0}, found=0.95)
     profile = profile_of(
         smollm2(),
-        losses=(1.5, None),
-        dense_loss=1.25,
-        tried={3: 2.0},
-        trials=60,
-        data={"name": "a.txt", "sha256": "0" * 64, "tokens": 2048, "length": 512},
+        entries=(Entry(4, 0.0, *costs), Entry(2, 1 / 3, costs[1]), Entry(9, 0.25, None, costs[0])),
+        data={
+            "choosing": {"name": "a", "sha256": "0" * 64, "samples": {"prose": 8}, "prompt": 640},
+            "held back": {"name": "b", "sha256": "1" * 64, "samples": {"copy": 4}, "answer": 128},
+        },
         dtype="float32",
         versions={"vllm": "0.32.0"},
         date="2026-01-02T03:04:05+00:00",
@@ -166,6 +171,21 @@ def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
     profile.write(tmp_path / "mine.json")
     assert read_profile(tmp_path / "mine.json") == profile
     assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]
+
+
+def test_a_profile_in_which_nothing_is_measured_is_read_as_it_was_written(tmp_path: Path) -> None:
+    profile = profile_of(smollm2(), weights=None, entries=())
+    profile.write(tmp_path / "mine.json")
+    assert read_profile(tmp_path / "mine.json") == profile
+
+
+def test_the_ratios_are_those_reached_with_each_entry() -> None:
+    profile = profile_of(smollm2(), entries=(Entry(4, 0.0), Entry(2, 0.25), Entry(9, 0.5)))
+    assert profile.ratios == pytest.approx([1 / 30, 1.75 / 30, 2.25 / 30])
+
+
+def test_a_costs_worst_is_of_the_kind_that_loses_most() -> None:
+    assert Cost({"prose": 0.01, "copy": 0.2, "look-up": 0.1}).worst == 0.2
 
 
 def test_a_write_that_fails_leaves_the_old_profile_and_no_rest(
@@ -182,7 +202,7 @@ def test_a_write_that_fails_leaves_the_old_profile_and_no_rest(
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="No space left"):
-        profile_of(smollm2(), order=(9, 8)).write(path)
+        profile_of(smollm2(), tail=1).write(path)
     assert path.read_text() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["mine.json"]
 
@@ -192,16 +212,26 @@ def test_a_folder_is_not_a_profile(tmp_path: Path) -> None:
         read_profile(tmp_path)
 
 
+def entry(layer: int, keep: float = 0, **more: Any) -> dict[str, Any]:
+    return {"layer": layer, "keep": keep, **more}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 1}, "its format is 1 and this orthorank-vllm reads 4; measure it anew"),
-        ({"order": [4, 4]}, r"\['order'\].*has non-unique elements"),
-        ({"order": "4"}, r"\['order'\].*is not of type 'array'"),
-        ({"order": [30]}, "layer indices below 30"),
-        ({"keep": 1}, r"\['keep'\]"),
+        ({"format": 1}, "its format is 1 and this orthorank-vllm reads 5; measure it anew"),
+        ({"format": 4}, "its format is 4 and this orthorank-vllm reads 5; measure it anew"),
+        ({"entries": [entry(4), entry(4, 0.5)]}, "must hold different layer indices below 30"),
+        ({"entries": [entry(30)]}, "must hold different layer indices below 30"),
+        ({"entries": [4, 2]}, r"\['entries'\]\[\d\] \d is not of type 'object'"),
+        ({"entries": {"4": 0}}, r"\['entries'\].*is not of type 'array'"),
+        ({"entries": [entry(-1)]}, r"\['entries'\]\[0\]\['layer'\]"),
+        ({"entries": [entry(4, 1)]}, r"\['entries'\]\[0\]\['keep'\]"),
+        ({"entries": [entry(4, cost={"loss": {}})]}, r"\['cost'\]\['loss'\]"),
+        ({"entries": [entry(4, held_back={"found": 1})]}, "'loss' is a required property"),
+        ({"tail": 0}, r"\['tail'\]"),
+        ({"keep": 0.5}, "'keep' was unexpected"),
         ({"surprise": 1}, "'surprise' was unexpected"),
-        ({"format": 3}, "its format is 3 and this orthorank-vllm reads 4; measure it anew"),
         ({"weights": "the base's"}, r"\['weights'\]"),
         ({"method": "magic"}, r"\['method'\]"),
         ({"model": {}}, r"\['model'\].*is a required property"),
@@ -216,11 +246,3 @@ def test_what_is_wrong_with_a_profile_is_said_in_one_line(
     with pytest.raises(ProfileError, match=message) as raised:
         read_profile(path)
     assert "\n" not in str(raised.value)
-
-
-def test_the_shipped_profile_says_what_becomes_of_look_ups_at_its_ratios() -> None:
-    """5, 9 and 14 layers: 0.1, 0.2 and 0.3."""
-    shipped = shipped_profile(model_identity(smollm2()))
-    assert shipped is not None
-    found = [shipped.lookups_with(layers, shipped.keep, shipped.window) for layers in (5, 9, 14)]
-    assert found == [0.19, 0.02, 0.0]

@@ -30,7 +30,7 @@ QUESTIONS = 12
 SAMPLES = {"prose": 3, "look-up": 3, "copy": 2, "chat": 2}
 HELD_BACK_SAMPLES = {"prose": 2, "look-up": 3, "copy": 2, "chat": 1}
 # Of the samples, those on which every layer is looked at alone.
-SCOUTS = {"prose": 1, "look-up": 1, "copy": 2, "chat": 1}
+SCOUTS = {"prose": 1, "look-up": 1, "copy": 1}
 FORMAT = 1
 
 

@@ -19,7 +19,7 @@ NONE, SIXTH, THIRD, HALF = 0.0, 1 / 6, 1 / 3, 1 / 2
 KEEPS = (NONE, SIXTH, THIRD, HALF)
 FINER = {HALF: THIRD, THIRD: SIXTH}
 # Sets that a step tries, beside finer keeps of the best.
-BREADTH = 4
+BREADTH = 3
 # Two layers are taken at once where together they cost no more than this many times their sum.
 TOGETHER = 1.25
 # Of the median layer's cost at keep 0: above it keep 1/2 is looked at, too.

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 from orthorank_vllm.attention.backend import check_backend
-from orthorank_vllm.config import resolve
 from orthorank_vllm.engine.unsupported import check_supported
 from orthorank_vllm.metrics.collector import FOLDER_VARIABLE, prepare_server
 from orthorank_vllm.model.architectures import hf_overrides_for
 from orthorank_vllm.model.fingerprint import loads_weights
 from orthorank_vllm.options import RATIO, Options
 from orthorank_vllm.profiles import kept_profiles, model_identity
+from orthorank_vllm.resolve import resolve
 
 RAY_VARIABLES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
@@ -26,7 +26,7 @@ def configure(
     leaves no trace of OrthoRank: the configuration, and its hash, are stock.
 
     Raises:
-        OptionError: see `config`, `unsupported` and `attention.backend`.
+        OptionError: see `resolve`, `unsupported` and `attention.backend`.
     """
     from vllm import envs
 

@@ -137,7 +137,7 @@ class SparsePrefill:
         return PackedWeight(fused)
 
     def plan(self, batch: Batch) -> Plan | None:
-        """The top_k of one forward, None if it is a dense one."""
+        """The plan of one forward, None if it is a dense one."""
         if self.config.to_choose:
             raise RuntimeError("OrthoRank was to choose its layers at start-up and has not")
         keeps = self.config.keeps
@@ -219,7 +219,10 @@ class SparsePrefill:
                 "OrthoRank would be inactive: Model Runner V2 did not ask for the model's state"
             )
         self._needs_profile_run = False
-        plan = self.plan(profile_run_batch(len(positions), self._max_num_seqs))
+        config = self.config
+        plan = self.plan(
+            profile_run_batch(len(positions), self._max_num_seqs, config.keeps, config.tail)
+        )
         if plan is not None:
             self.forward(plan, input_ids, positions, None)
             self._outcome = None

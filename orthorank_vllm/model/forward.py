@@ -82,20 +82,41 @@ class Step:
     sink_hits: int
     sink_misses: int
 
-    def pick(self, layer: SelectiveLayer, sinks: SinkTable) -> Pick:
-        """The rows that one selective layer computes."""
+    def pick(
+        self, layer: SelectiveLayer | None, sinks: SinkTable, only: torch.Tensor | None
+    ) -> Pick | None:
+        """The rows that a layer computes; None: all of them.
+
+        Args:
+            layer: None for a dense one.
+            only: these rows, whatever the layer is.
+        """
+        if layer is None:
+            return None if only is None else lambda *_: only
         top_k = self.top_k.get(layer.keep)
-        if top_k is None or layer.sink_row is None:
-            return lambda *_: self.forced_rows
-        sink_rows = sinks.rows[layer.sink_row]
 
         def choose(residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-            if len(self.fresh_rows):
-                fresh = residual.index_select(0, self.fresh_rows)
-                sink_rows.index_copy_(0, self.fresh_slots, fresh)
+            # Even where nothing is chosen: a later chunk, all of whose rows are read, may need it.
+            sink_rows = self._renewed(layer, sinks, residual)
+            if only is not None:
+                return only
+            if top_k is None or sink_rows is None:
+                return self.forced_rows
             return of_first_rank(top_k.rows(residual, sink_rows, self.sink_slots))
 
         return choose
+
+    def _renewed(
+        self, layer: SelectiveLayer, sinks: SinkTable, residual: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The layer's part of the sink table, with this batch's own; None if it scores nothing."""
+        if layer.sink_row is None:
+            return None
+        sink_rows = sinks.rows[layer.sink_row]
+        if len(self.fresh_rows):
+            fresh = residual.index_select(0, self.fresh_rows)
+            sink_rows.index_copy_(0, self.fresh_slots, fresh)
+        return sink_rows
 
 
 @dataclass(frozen=True)
@@ -137,23 +158,17 @@ def sparse_forward(
         count.
     """
     step = _start_step(decoder, selective, sinks, attention, plan, positions.device)
-    sampled_rows = step.sampled_rows
     for index, layer in decoder.layers.items():
         kept = selective.get(index)
         split = None if kept is None else kept.split
-        if index == decoder.last_layer and sampled_rows is not None:
-            # Unread rows nobody will miss; their K and V are written.
-            of_sampled = attention.plan(plan.batch, plan.sampled_per_request)
-            residual, update = layer.forward(
-                of_sampled, positions, residual, update, lambda *_: sampled_rows, split
-            )
-        elif kept is not None:
-            pick = step.pick(kept, sinks)
-            residual, update = layer.forward(
-                step.attention[kept.keep], positions, residual, update, pick, split
-            )
+        # Unread rows nobody will miss; their K and V are written.
+        only = step.sampled_rows if index == decoder.last_layer else None
+        if only is not None:
+            attend = attention.plan(plan.batch, plan.sampled_per_request)
         else:
-            residual, update = layer.forward(step.dense_attention, positions, residual, update)
+            attend = step.dense_attention if kept is None else step.attention[kept.keep]
+        pick = step.pick(kept, sinks, only)
+        residual, update = layer.forward(attend, positions, residual, update, pick, split)
     keeps = {index: kept.keep for index, kept in selective.items()}
     skipped = {index: plan.num_tokens - plan.num_selected(keep) for index, keep in keeps.items()}
     return residual, update, Outcome(keeps, skipped, step.sink_hits, step.sink_misses)
@@ -202,6 +217,10 @@ class _Sinks(NamedTuple):
     misses: int
 
 
+_NOTHING = np.zeros(0, dtype=np.int64)
+_NO_SINKS = _Sinks(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, 0, 0)
+
+
 def _look_up(sinks: SinkTable, plan: Plan) -> _Sinks:
     tokens = plan.first_token.tolist()
     slots, missing = sinks.reserve(tokens)
@@ -222,10 +241,6 @@ def _look_up(sinks: SinkTable, plan: Plan) -> _Sinks:
     )
 
 
-NOTHING = np.zeros(0, dtype=np.int64)
-NO_SINKS = _Sinks(NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, 0, 0)
-
-
 def _start_step(
     decoder: Decoder,
     selective: Mapping[int, SelectiveLayer],
@@ -234,10 +249,10 @@ def _start_step(
     plan: Plan,
     device: torch.device,
 ) -> Step:
-    found = _look_up(sinks, plan) if plan.scored_keeps else NO_SINKS
+    found = _look_up(sinks, plan) if plan.scored_keeps else _NO_SINKS
     kind = _top_k_for(plan, device)
     top_k = kind.arrays_of(plan) if plan.scored_keeps else ()
-    sampled = NOTHING if plan.sampled_rows is None else plan.sampled_rows
+    sampled = _NOTHING if plan.sampled_rows is None else plan.sampled_rows
     shared = (plan.forced_rows, sampled, *found[:5])
     on_device = to_device((*shared, *top_k), device)
     forced_rows, sampled_rows, slots, fresh_rows, fresh_slots, lost, lost_slots = on_device[

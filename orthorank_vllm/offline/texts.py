@@ -67,6 +67,8 @@ class Forward:
                 for keep, quota in self._plan.quotas.items()
             }
             self._top_k = SegmentedTopK.of(self._plan, device)
+            requests = torch.from_numpy(self._plan.requests).to(device)
+            self._sink_rows = self.texts.first_rows[requests]
             self._forced_rows = torch.from_numpy(self._plan.forced_rows).to(device)
             self._generator = torch.Generator(device).manual_seed(method.seed)
 
@@ -102,7 +104,7 @@ class Forward:
             return lambda *_: self._forced_rows
 
         def choose(residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-            entering = LayerInput(residual, normed, self.texts.first_rows, top_k, self._generator)
+            entering = LayerInput(residual, normed, self._sink_rows, top_k, self._generator)
             return of_first_rank(select(self._method.score(entering), top_k))
 
         return choose

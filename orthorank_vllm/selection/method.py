@@ -15,7 +15,7 @@ class LayerInput:
 
     Attributes:
         residual, normed: [tokens, hidden], the residual stream and the layer's norm of it.
-        first_rows: [texts] int64, where each text's position 0 is.
+        first_rows: [R] int64, where position 0 is of each text that has candidates.
         generator: of one forward; for methods that draw.
     """
 

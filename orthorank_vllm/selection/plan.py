@@ -238,13 +238,20 @@ def _begins(values: Ints) -> Bools:
     return found
 
 
-def profile_run_batch(num_tokens: int, most_requests: int) -> Batch:
+def profile_run_batch(
+    num_tokens: int, most_requests: int, keeps: Iterable[float], tail: int
+) -> Batch:
     """The batch of so many tokens that needs most memory: as many prompts as there can be.
 
-    Each of them rounds up what it selects, has a tail and is scored against a sink of its own.
+    Each of them rounds up what it selects, has a tail, is scored against a sink of its own, and
+    is long enough that something of it is skipped at each keep.
     """
-    requests = min(most_requests, max(num_tokens // 2, 1))
+    skipping = int(1 / (1 - max(keeps, default=0.0))) + 1
+    least = tail + 1 + skipping
+    requests = min(most_requests, max(num_tokens // least, 1))
     length = np.full(requests, num_tokens // requests, dtype=np.int64)
     length[-1] += num_tokens % requests
     nothing = np.zeros_like(length)
-    return Batch(nothing, length, length, first_token=nothing, wants_all_rows=True)
+    # Fewer tokens than that are a chunk of a longer prompt.
+    prompt_len = np.where(length < least, length + tail, length)
+    return Batch(nothing, length, prompt_len, first_token=nothing, wants_all_rows=True)

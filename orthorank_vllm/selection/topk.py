@@ -43,10 +43,10 @@ class SegmentedTopK:
         Args:
             arrays: those of `arrays_of`, on the device.
         """
-        shared, of_keep = arrays[:4], arrays[4:]
+        candidates, pair, rank, forced_rows, *slots_of_keep = arrays
         return {
-            keep: cls(*shared, slots)
-            for keep, slots in zip(plan.scored_keeps, of_keep, strict=True)
+            keep: cls(candidates, pair, rank, forced_rows, slots)
+            for keep, slots in zip(plan.scored_keeps, slots_of_keep, strict=True)
         }
 
     @classmethod

@@ -44,13 +44,16 @@ class Pages:
 
 
 @pytest.mark.parametrize("in_blocks", [False, True])
+@pytest.mark.parametrize("keep", [1 / 3, 0.0])
 @pytest.mark.parametrize("sliding_window", [-1, 7, 40, 5000])
 @pytest.mark.parametrize("group_size", [1, 3])
 @pytest.mark.parametrize(
     "requests",
     [
         [(0, 300, 300)],
-        [(200, 150, 900)],
+        [(200, 150, 351)],
+        # The last of them without a selected row, if none is kept.
+        [(0, 40, 40), (60, 40, 101), (200, 50, 900)],
         # Rows that adjoin, positions that adjoin, requests that do not: 9 then 10.
         [(0, 10, 10), (10, 40, 60)],
         [(0, 90, 90), (77, 1, 40), (33, 65, 98), (5, 1, 5), (0, 1, 70), (0, 40, 20)],
@@ -60,6 +63,7 @@ def test_every_query_sees_the_keys_of_its_own_request_up_to_its_position(
     requests: list[tuple[int, int, int]],
     group_size: int,
     sliding_window: int,
+    keep: float,
     in_blocks: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -67,14 +71,12 @@ def test_every_query_sees_the_keys_of_its_own_request_up_to_its_position(
     if in_blocks:
         attend_in_blocks(monkeypatch)
     computed, query_len, prompt_len = np.array(requests).T
-    plan = make_plan(Batch(computed, query_len, prompt_len, computed), 1 / 3, 128)
+    plan = make_plan(Batch(computed, query_len, prompt_len, computed), [keep], 128, 3)
     assert plan is not None
-    rows = torch.from_numpy(
-        np.concatenate([plan.candidates[plan.top_k_slots], plan.forced_rows])
-    ).sort()
-    check(
-        plan.batch, rows.values, plan.selected_per_request, group_size, sliding_window, monkeypatch
-    )
+    quota = plan.quotas[keep]
+    chosen = plan.candidates[quota.top_k_slots]
+    rows = torch.from_numpy(np.sort(np.concatenate([chosen, plan.forced_rows])))
+    check(plan.batch, rows, quota.selected_per_request, group_size, sliding_window, monkeypatch)
 
 
 @pytest.mark.parametrize(

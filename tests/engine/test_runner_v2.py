@@ -17,6 +17,7 @@ from orthorank_vllm.engine.step_stats import Seconds
 from orthorank_vllm.selection.plan import Batch, make_plan
 
 SLOTS = 8
+KEEPS, WINDOW, TAIL = (1 / 3, 0.0), 128, 16
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,33 @@ def test_the_prompt_tokens_of_a_step_are_those_that_it_computes(name: str, form:
     assert batch.query_len.tolist() == [row.scheduled for row in rows]
     assert batch.first_token.tolist() == [100 + row.slot for row in rows]
     assert {array.dtype for array in (batch.num_computed, batch.prompt_len)} == {np.dtype(np.int64)}
-    assert make_plan(batch, 1 / 3, 128) is not None
+    plan = make_plan(batch, KEEPS, WINDOW, TAIL)
+    assert plan is not None
+    assert plan.requests.tolist() == [i for i, tokens in enumerate(prompt_tokens) if tokens]
+
+
+@pytest.mark.parametrize("form", ["0.26", "0.32"])
+@pytest.mark.parametrize(
+    ("rows", "candidates"),
+    [
+        # A prompt of the first token and the tail; one token more; a chunk that cuts the tail;
+        # the rest of it; a cached prefix that ends in it.
+        ([Row(5, 0, TAIL + 1, TAIL + 1)], None),
+        ([Row(5, 0, TAIL + 2, TAIL + 2)], [1]),
+        ([Row(5, 0, 50, 60)], [*range(1, 60 - TAIL)]),
+        ([Row(5, 50, 10, 60)], None),
+        ([Row(5, 48, 12, 60), Row(6, 60, 1, 50)], None),
+        ([Row(5, 48, 12, 60), Row(6, 0, TAIL + 3, TAIL + 3)], [13, 14]),
+    ],
+)
+def test_the_tail_of_a_step_is_the_prompts(
+    rows: list[Row], candidates: list[int] | None, form: str
+) -> None:
+    step = Step(rows)
+    batch = batch_of_v2(step.inputs(form), step.states, step.facts)
+    assert batch is not None
+    plan = make_plan(batch, KEEPS, WINDOW, TAIL)
+    assert candidates == (None if plan is None else plan.candidates.tolist())
 
 
 @pytest.mark.parametrize("form", ["0.26", "0.32"])
@@ -171,7 +198,7 @@ def test_rows_that_vllm_reads_are_read_whatever_is_left_of_prompts(
     batch = batch_of_v2(step.inputs(form), step.states, step.facts)
     assert batch is not None
     assert batch.prompt_tokens.tolist() == [0, *[left] * requests, 140]
-    plan = make_plan(batch, 1 / 3, 128)
+    plan = make_plan(batch, KEEPS, WINDOW, TAIL)
     assert plan is not None
     assert plan.sampled_rows is not None
     assert plan.sampled_rows.tolist() == read_by_vllm(rows, [GUESSES, *[padding] * requests, 0])
@@ -185,7 +212,7 @@ class Recorder:
         self.counted: list[tuple[Batch, Any]] = []
 
     def plan(self, batch: Batch) -> Any:
-        return make_plan(batch, 1 / 3, 128)
+        return make_plan(batch, KEEPS, WINDOW, TAIL)
 
     def count(self, batch: Batch, plan: Any, seconds: Seconds) -> None:
         assert min(seconds.plan, seconds.forward) > 0
@@ -236,11 +263,11 @@ def test_a_step_replayed_from_a_full_graph_is_dense_and_counted_so(
     state: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Break seen: a plan for it, which no forward would ever take."""
-    step = Step([Row(1, 0, 4, 4)])
+    step = Step([Row(1, 0, 20, 20)])
     assert stage(state, step, True, monkeypatch) == {}
     state.postprocess_state(None, None, None)
     ((batch, plan),) = state._orthorank.counted
-    assert batch.prompt_tokens.tolist() == [4]
+    assert batch.prompt_tokens.tolist() == [20]
     assert plan is None
     assert "orthorank_plan" in stage(state, step, False, monkeypatch)
 

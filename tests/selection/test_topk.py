@@ -14,16 +14,18 @@ from orthorank_vllm.selection.topk import (
 )
 
 
-def select_rows(plan: Plan, scores: list[float]) -> list[int]:
-    top_k = SegmentedTopK.of(plan, torch.device("cpu"))
+def select_rows(plan: Plan, scores: list[float], keep: float) -> list[int]:
+    top_k = SegmentedTopK.of(plan, torch.device("cpu"))[keep]
     competing = torch.tensor(scores)[top_k.candidates]
     rows, same = select_by_numpy(competing, top_k), select_by_torch(competing, top_k)
     assert rows.tolist() == same.tolist()
-    assert len(rows) == plan.num_selected
+    assert len(rows) == plan.num_selected(keep)
     return rows.tolist()
 
 
-def prompt_plan(length: int, keep: float, window: int, computed: int = 0, total: int = 0) -> Plan:
+def prompt_plan(
+    length: int, *keeps: float, window: int, computed: int = 0, total: int = 0, tail: int = 1
+) -> Plan:
     plan = make_plan(
         Batch(
             num_computed=np.array([computed]),
@@ -31,8 +33,9 @@ def prompt_plan(length: int, keep: float, window: int, computed: int = 0, total:
             prompt_len=np.array([total or length]),
             first_token=np.array([1]),
         ),
-        keep,
+        keeps,
         window,
+        tail,
     )
     assert plan is not None
     return plan
@@ -77,31 +80,35 @@ def test_the_score_is_computed_in_float32_whatever_the_model_runs_in() -> None:
 
 def test_the_lowest_scores_of_each_window_are_selected() -> None:
     """Break seen: the highest."""
-    plan = prompt_plan(8, keep=0.5, window=4)
-    rows = select_rows(plan, [1.0, 0.2, 0.9, 0.1, 0.5, 0.6, 0.7, 0.8])
-    assert rows == [1, 3, 4, 5, 7]
+    plan = prompt_plan(9, 0.5, window=4)
+    rows = select_rows(plan, [1.0, 0.2, 0.9, 0.1, 0.5, 0.6, 0.7, 0.8, 0.3], 0.5)
+    assert rows == [0, 1, 3, 4, 5, 8]
 
 
 def test_ties_go_to_the_lower_position() -> None:
     """Break seen: ties to the higher position."""
-    plan = prompt_plan(100, keep=0.25, window=0, computed=7, total=300)
-    assert select_rows(plan, [0.5] * 100) == list(range(25))
+    plan = prompt_plan(100, 0.25, window=0, computed=7, total=300)
+    assert select_rows(plan, [0.5] * 100, 0.25) == list(range(25))
 
 
-def test_position_0_is_not_selected_even_where_its_score_is_lowest() -> None:
-    plan = prompt_plan(6, keep=0.5, window=0)
-    assert 0 not in select_rows(plan, [0.0, 0.5, 0.4, 0.3, 0.9, 0.8])
+def test_position_0_and_the_tail_take_nobodys_place() -> None:
+    """Break seen: the lowest score of all, position 0's, for one of two."""
+    plan = prompt_plan(7, 0.5, window=0, tail=2)
+    assert select_rows(plan, [0.0, 0.5, 0.4, 0.3, 0.9, 0.1, 0.1], 0.5) == [0, 2, 3, 5, 6]
 
 
-def test_a_last_token_that_also_wins_stands_twice() -> None:
-    plan = prompt_plan(6, keep=1 / 3, window=0)
-    assert select_rows(plan, [1.0, 0.5, 0.4, 0.3, 0.9, 0.1]) == [3, 5, 5]
+def test_each_keep_selects_its_own_share_of_the_same_scores() -> None:
+    plan = prompt_plan(9, 0.5, 0.0, 0.25, window=0)
+    scores = [1.0, 0.7, 0.2, 0.6, 0.1, 0.5, 0.4, 0.3, 0.9]
+    assert select_rows(plan, scores, 0.5) == [0, 2, 4, 6, 7, 8]
+    assert select_rows(plan, scores, 0.25) == [0, 2, 4, 8]
+    assert SegmentedTopK.of(plan, torch.device("cpu")).keys() == {0.5, 0.25}
 
 
 @pytest.mark.parametrize("scores", [[0.0, 1e-30, 1e-38, 1e-45, 0.5, 1.0, 1.0000001]])
 def test_scores_are_ordered_down_to_the_smallest_float(scores: list[float]) -> None:
-    plan = prompt_plan(len(scores), keep=0.4, window=0, computed=3, total=99)
-    assert select_rows(plan, scores) == [0, 2, 3]
+    plan = prompt_plan(len(scores), 0.4, window=0, computed=3, total=99)
+    assert select_rows(plan, scores, 0.4) == [0, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ answer([found, share_that_differs("cpu", tokens=700, hidden=600)])
 
 
 def test_the_kernels_select_what_the_sort_selects() -> None:
-    """Breaks seen: ties to the higher position; a position 0 that wins."""
+    """Breaks seen: ties to the higher position; the places of another keep."""
     found, share = Script(COMPARE, 40, TRITON_INTERPRET="1", OMP_NUM_THREADS="1").answer
     assert found == []
     assert share == 0
@@ -32,7 +32,7 @@ def test_the_kernels_select_what_the_sort_selects() -> None:
     [
         (
             "_score",
-            {"score_ptr": "*fp32", "stream_ptr": "*bf16", "sink_ptr": "*bf16"},
+            {"score_ptr": "*fp32", "residual_ptr": "*bf16", "sink_ptr": "*bf16"},
             {"ROWS": SCORE_ROWS, "COLUMNS": SCORE_COLUMNS},
         ),
         ("_select", {"score_ptr": "*fp32"}, {"SIZE": 128}),
@@ -67,7 +67,7 @@ def test_a_sort_is_left_to_windows_too_large_to_compare_all_with_all() -> None:
         (LARGEST_WINDOW + 1, SegmentedTopK),
         (LARGEST_WINDOW, topk_triton.SegmentedTopKTriton),
     ):
-        plan = make_plan(Batch(0 * length, length, length, length), 1 / 3, window)
+        plan = make_plan(Batch(0 * length, length, length, length), [1 / 3], window, 64)
         assert plan is not None
         assert _top_k_for(plan, torch.device("cuda")) is kind
         assert _top_k_for(plan, torch.device("cpu")) is SegmentedTopK

@@ -1,9 +1,9 @@
 """OrthoRank prefill, written out plainly: what the vLLM plugin is compared against.
 
-In a selective layer only some of the prompt's tokens are updated. Per window of positions these are
-the ones whose residual stream is the most orthogonal to that of the request's first token,
-the attention sink. All tokens, updated or not, leave K and V behind. (OrthoRank: Shin, Oh, Oh, ICML
-2025, arXiv 2507.03865.)
+In a selective layer only some of the prompt's tokens are updated: the first, the last few, and of
+what is between, per window of positions, those whose residual stream is the most orthogonal to that
+of the request's first token, the attention sink. All tokens, updated or not, leave K and V behind.
+(OrthoRank: Shin, Oh, Oh, ICML 2025, arXiv 2507.03865.)
 
 A float32 implementation on the modules of transformers' Llama and the families like it; it shares
 no code with `orthorank_vllm`. A request is computed by a sequence of forwards, each over positions
@@ -14,7 +14,7 @@ key-value heads, D = head size.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +28,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 class Rule:
     """Which layers are selective (none: a dense model) and how tokens compete in them."""
 
-    layers: tuple[int, ...]
-    keep: float = 1 / 3
+    layers: Mapping[int, float]  # the selective ones, and the keep of each; 0: nothing competes
     window: int = 128  # 0: the whole prompt is one window
+    tail: int = 64  # last tokens of the prompt that are always updated
     cache_dtype: torch.dtype | None = None  # of K and V, 8 bits; None: as computed
 
 
@@ -40,7 +40,7 @@ class Reference:
     def __init__(self, model: PreTrainedModel, rule: Rule) -> None:
         if model.dtype != torch.float32:
             raise ValueError(f"load the model with dtype=torch.float32, not {model.dtype}")
-        if not set(rule.layers) <= set(range(len(model.model.layers))):
+        if not rule.layers.keys() <= set(range(len(model.model.layers))):
             raise ValueError(f"{rule.layers}: the model has {len(model.model.layers)} layers")
         self.model: Any = model.eval()
         self.layers: list[Any] = list(model.model.layers)
@@ -115,18 +115,17 @@ class Reference:
     def sink(self, token: int) -> dict[int, torch.Tensor]:
         """Per selective layer the sink's h_0 [hidden]; it depends on nothing but the token's id.
 
-        Position 0 sees only itself. Selective layers pass it through, as in any longer prompt.
+        Position 0 sees only itself, and every layer updates it.
         """
         hidden = self.embed([token])
         position = torch.tensor([0], device=hidden.device)
         sinks: dict[int, torch.Tensor] = {}
         for index, layer in enumerate(self.layers):
-            normed = layer.input_layernorm(hidden)
             if index in self.rule.layers:
                 sinks[index] = hidden[0].clone()
-            else:
-                keys, values = self.keys_values(layer, normed, position)
-                hidden = self.update(layer, hidden, normed, position, keys, values)
+            normed = layer.input_layernorm(hidden)
+            keys, values = self.keys_values(layer, normed, position)
+            hidden = self.update(layer, hidden, normed, position, keys, values)
         return sinks
 
     def _project(self, attention: Any, kind: str, normed: torch.Tensor) -> torch.Tensor:
@@ -244,24 +243,25 @@ class Request:
     def _select(self, index: int, hidden: torch.Tensor, start: int, end: int) -> list[int]:
         """The positions of [start, end) that selective layer `index` updates, ascending."""
         rule = self.reference.rule
-        last = self.prompt_len - 1
-        selected = {position for position in range(start, end) if position >= last}
-
-        parts: dict[int, list[int]] = {}  # window -> its prompt positions in this forward
-        for position in range(start, min(end, self.prompt_len)):
-            parts.setdefault(position // (rule.window or self.prompt_len), []).append(position)
-        if not parts:
-            return sorted(selected)
+        keep = rule.layers[index]
+        selected: list[int] = []
+        parts: dict[int, list[int]] = {}  # window -> those of this forward that compete in it
+        for position in range(start, end):
+            if position == 0 or position >= self.prompt_len - rule.tail:
+                selected.append(position)
+            else:
+                parts.setdefault(position // (rule.window or self.prompt_len), []).append(position)
+        if not parts or keep == 0:
+            return selected
 
         if start > 0 and not self._sinks:
             self._sinks = self.reference.sink(self.tokens[0])
         sink = hidden[0] if start == 0 else self._sinks[index]
         cosines = F.cosine_similarity(hidden, sink[None], dim=-1).abs().tolist()
         for part in parts.values():
-            count = math.ceil(rule.keep * len(part) - 1e-9)
-            # Position 0 counts in the part's size but is no candidate.
-            ranked = sorted((cosines[position - start], position) for position in part if position)
-            selected.update(position for _, position in ranked[:count])
+            count = math.ceil(keep * len(part) - 1e-9)
+            ranked = sorted((cosines[position - start], position) for position in part)
+            selected.extend(position for _, position in ranked[:count])
             if 0 < count < len(ranked):
                 self.margin = min(self.margin, ranked[count][0] - ranked[count - 1][0])
         return sorted(selected)

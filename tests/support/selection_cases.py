@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_WINDOW
+from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_TAIL, DEFAULT_WINDOW
 from orthorank_vllm.selection.plan import Batch, make_plan
 from orthorank_vllm.selection.topk import SegmentedTopK, score, select
 from orthorank_vllm.selection.topk_triton import SegmentedTopKTriton
@@ -21,29 +21,34 @@ def differing(seed: int) -> list[str]:
     query = random.integers(1, 160, requests)
     computed, query, prompt = (array.astype(np.int64) for array in (computed, query, prompt))
     batch = Batch(computed, query, prompt, first_token=prompt)
-    window = int(random.choice([1, 3, 16, 100, 128]))
-    plan = make_plan(batch, float(random.choice([0.1, 1 / 3, 0.8])), window)
+    window, tail = int(random.choice([1, 3, 16, 100, 128])), int(random.choice([1, 8, 64]))
+    keeps = random.choice([0.0, 0.1, 1 / 3, 0.8], size=2, replace=False).tolist()
+    plan = make_plan(batch, keeps, window, tail)
     if plan is None:
         return []
     torch.manual_seed(seed)
-    # Few different states, so that many scores are equal; larger than any is the sink's own.
+    # Few different states, so that many scores are equal.
     residual = torch.randn(4, HIDDEN)[torch.randint(4, (plan.num_tokens,))]
     table = torch.randn(7, HIDDEN)
     slots = torch.randint(7, (len(plan.requests),))
-    sorted_out = SegmentedTopK.of(plan, CPU)
-    scores = score(residual, table[slots], sorted_out)
     arrays = [torch.from_numpy(array) for array in SegmentedTopKTriton.arrays_of(plan)]
-    found = SegmentedTopKTriton.of_arrays(plan, arrays).rows(residual, table, slots)
-    expected = select(scores.round(decimals=4), sorted_out)
-    if found.tolist() == expected.tolist():
-        return []
-    return [f"seed {seed}: window {window}, {found.tolist()} for {expected.tolist()}"]
+    kernels = SegmentedTopKTriton.of_arrays(plan, arrays)
+    sorted_out = SegmentedTopK.of(plan, CPU)
+    wrong = [] if kernels.keys() == sorted_out.keys() else [f"seed {seed}: other keeps"]
+    for keep, top_k in sorted_out.items():
+        scores = score(residual, table[slots], top_k)
+        expected = select(scores.round(decimals=4), top_k).tolist()
+        found = kernels[keep].rows(residual, table, slots).tolist()
+        if found != expected:
+            wrong.append(f"seed {seed}: keep {keep}, window {window}, {found} for {expected}")
+    return wrong
 
 
 def share_that_differs(device: str, tokens: int = 8192, hidden: int = 4096) -> float:
     """The share of one long prompt's rows that the kernels choose and the sort does not."""
     zero, length = np.zeros(1, dtype=np.int64), np.full(1, tokens, dtype=np.int64)
-    plan = make_plan(Batch(zero, length, length, zero), DEFAULT_KEEP, DEFAULT_WINDOW)
+    batch = Batch(zero, length, length, zero)
+    plan = make_plan(batch, [DEFAULT_KEEP], DEFAULT_WINDOW, DEFAULT_TAIL)
     assert plan is not None
     torch.manual_seed(0)
     residual = torch.randn(tokens, hidden, dtype=torch.bfloat16).to(device)
@@ -51,6 +56,6 @@ def share_that_differs(device: str, tokens: int = 8192, hidden: int = 4096) -> f
     chosen = []
     for kind in (SegmentedTopKTriton, SegmentedTopK):
         arrays = [torch.from_numpy(array).to(device) for array in kind.arrays_of(plan)]
-        rows = kind.of_arrays(plan, arrays).rows(residual, residual[:1], slots)
+        rows = kind.of_arrays(plan, arrays)[DEFAULT_KEEP].rows(residual, residual[:1], slots)
         chosen.append(set(rows.tolist()))
-    return len(chosen[0] - chosen[1]) / plan.num_selected
+    return len(chosen[0] - chosen[1]) / plan.num_selected(DEFAULT_KEEP)

@@ -25,8 +25,9 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": SLIDING_WINDOW}),
     "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4}),
 }
-DENSE = Rule(layers=())
-SPARSE = Rule(layers=(0, 2, 3), window=8)
+THIRD = 1 / 3
+DENSE = Rule({})
+SPARSE = Rule({0: THIRD, 2: THIRD, 3: THIRD}, window=8, tail=3)
 PROMPT = [(17 * i * i + 5 * i + 3) % 89 for i in range(29)]
 GENERATED = [41, 7, 63, 7, 12]
 
@@ -136,17 +137,17 @@ def test_the_sliding_window_of_the_mistral_above_hides_something() -> None:
 
 
 @pytest.mark.parametrize("window", [8, 0])
-def test_the_most_orthogonal_of_each_window_and_the_last_token_are_selected(
+def test_the_most_orthogonal_of_each_window_the_first_and_the_last_tokens_are_selected(
     llama: Any, window: int
 ) -> None:
-    request = Reference(llama, Rule(layers=(0,), window=window)).start(PROMPT)
+    request = Reference(llama, Rule({0: THIRD}, window=window, tail=2)).start(PROMPT)
     run(request, len(PROMPT))
     scores = embedding_scores(llama, PROMPT)
-    expected, gaps = {28}, []
-    # Windows of 8, 8, 8 and 5 tokens, a third of each; or a third of 29.
-    bounds = [(0, 8, 3), (8, 16, 3), (16, 24, 3), (24, 29, 2)] if window else [(0, 29, 10)]
+    expected, gaps = {0, 27, 28}, []
+    # Of windows of 8 those compete that are neither first nor in the tail: 7, 8, 8 and 3; or 26.
+    bounds = [(1, 8, 3), (8, 16, 3), (16, 24, 3), (24, 27, 1)] if window else [(1, 27, 9)]
     for start, end, count in bounds:
-        ranked = sorted(range(max(start, 1), end), key=lambda position: scores[position])
+        ranked = sorted(range(start, end), key=lambda position: scores[position])
         expected |= set(ranked[:count])
         gaps.append(scores[ranked[count]] - scores[ranked[count - 1]])
     assert request.selected == {(0, 0): sorted(expected)}
@@ -155,81 +156,73 @@ def test_the_most_orthogonal_of_each_window_and_the_last_token_are_selected(
 
 
 def test_windows_are_of_absolute_positions_and_each_forward_takes_its_share(llama: Any) -> None:
-    request = Reference(llama, Rule(layers=(0,), window=8)).start(PROMPT)
+    request = Reference(llama, Rule({0: THIRD}, window=8, tail=1)).start(PROMPT)
     run(request, 4, 21, 29)
     scores = embedding_scores(llama, PROMPT)
-    # Position 0 counts in its part (4 / 3, rounded up) without being a candidate.
     assert request.selected == {
-        (0, 0): lowest(scores, 1, 4, 2),
+        (0, 0): [0, *lowest(scores, 1, 4, 1)],
         (0, 4): lowest(scores, 4, 8, 2) + lowest(scores, 8, 16, 3) + lowest(scores, 16, 21, 2),
-        (0, 21): sorted({*lowest(scores, 21, 24, 1), *lowest(scores, 24, 29, 2), 28}),
+        (0, 21): [*lowest(scores, 21, 24, 1), *lowest(scores, 24, 28, 2), 28],
     }
 
 
-def test_nothing_is_added_when_the_last_token_is_among_the_lowest(llama: Any) -> None:
-    scores = embedding_scores(llama, PROMPT)
-    ranked = sorted(range(1, 8), key=lambda position: scores[position])
-    for last, expected in ((ranked[0], 3), (ranked[-1], 4)):
-        others = [position for position in range(1, 8) if position != last]
-        prompt = [PROMPT[position] for position in (0, *others, last)]
-        request = Reference(llama, Rule(layers=(0,), window=8)).start(prompt)
-        run(request, 8)
-        assert len(request.selected[0, 0]) == expected
-        assert 7 in request.selected[0, 0]
+@pytest.mark.parametrize("tail", [1, 4, 9])
+def test_the_tail_is_the_prompts_end_wherever_forwards_end(llama: Any, tail: int) -> None:
+    """Cut within it, and before it."""
+    for ends in ((29,), (21, 29), (25, 27, 29), (28, 29)):
+        request = Reference(llama, Rule({1: 0.0}, tail=tail)).start(PROMPT)
+        run(request, *ends)
+        chosen = [position for rows in request.selected.values() for position in rows]
+        assert chosen == [0, *range(29 - tail, 29)]
 
 
 def test_ties_go_to_the_lower_position(llama: Any) -> None:
-    request = Reference(llama, Rule(layers=(0,))).start([5] + [7] * 23)
+    request = Reference(llama, Rule({0: THIRD}, tail=2)).start([5] + [7] * 23)
     run(request, 24)
-    assert request.selected[0, 0] == [1, 2, 3, 4, 5, 6, 7, 8, 23]
+    assert request.selected[0, 0] == [0, 1, 2, 3, 4, 5, 6, 7, 22, 23]
     assert request.margin == 0
-
-
-@pytest.mark.parametrize("keep", [0.999999, 1.0])
-def test_position_0_is_not_selected_even_when_the_count_would_reach_it(
-    llama: Any, keep: float
-) -> None:
-    request = Reference(llama, Rule(layers=(1, 3), keep=keep, window=8)).start(PROMPT)
-    run(request, 1, 12, 29)
-    for layer in (1, 3):
-        assert request.selected[layer, 0] == []
-        assert request.selected[layer, 1] == list(range(1, 12))
-        assert request.selected[layer, 12] == list(range(12, 29))
-    assert request.margin == math.inf
 
 
 def test_a_count_that_is_whole_but_for_rounding_is_not_rounded_up(llama: Any) -> None:
     keep = 0.1 + 0.2  # 0.30000000000000004, and 10 times that is above 3
-    request = Reference(llama, Rule(layers=(0,), keep=keep, window=10)).start(PROMPT)
+    request = Reference(llama, Rule({0: keep}, window=10, tail=1)).start(PROMPT)
     run(request, 20, 29)
-    assert len(request.selected[0, 0]) == 6
+    assert len(request.selected[0, 0]) == 1 + 3 + 3
 
 
-def test_with_nothing_kept_only_the_last_token_is_updated(llama: Any) -> None:
-    request = Reference(llama, Rule(layers=(2,), keep=0.0, window=8)).start(PROMPT)
+def test_layers_have_keeps_of_their_own(llama: Any) -> None:
+    request = Reference(llama, Rule({0: 0.5, 1: 0.0, 3: 0.25}, window=8, tail=5)).start(PROMPT)
+    run(request, 29)
+    # 7, 8 and 8 compete.
+    counts = {layer: len(rows) for (layer, _), rows in request.selected.items()}
+    assert counts == {0: 6 + 4 + 4 + 4, 1: 6, 3: 6 + 2 + 2 + 2}
+
+
+def test_with_nothing_kept_no_score_is_asked_for(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = Reference(llama, Rule({0: 0.0, 2: 0.0}, window=8, tail=1))
+    monkeypatch.setattr(reference, "sink", None)
+    request = reference.start(PROMPT)
     run(request, 16, 29)
-    assert request.selected == {(2, 0): [], (2, 16): [28]}
+    assert request.selected == {(0, 0): [0], (2, 0): [0], (0, 16): [28], (2, 16): [28]}
     assert request.margin == math.inf
 
 
-def test_a_two_token_prompt_updates_only_position_1(llama: Any) -> None:
-    request = Reference(llama, SPARSE).start(PROMPT[:2])
-    run(request, 2)
-    assert request.selected == {(layer, 0): [1] for layer in SPARSE.layers}
-    assert (request.updates, request.skipped) == (5, 3)
-
-
-def test_a_one_token_prompt_is_dense_and_so_is_what_follows(any_model: Any) -> None:
-    request = Reference(any_model, SPARSE).start(PROMPT[:1])
+@pytest.mark.parametrize("length", [1, 2, 3, 4])
+def test_a_prompt_not_longer_than_its_ends_is_dense_and_so_is_what_follows(
+    any_model: Any, length: int
+) -> None:
+    request = Reference(any_model, SPARSE).start(PROMPT[:length])
     for token in GENERATED:
         request.append(token)
-    expected = by_transformers(any_model, PROMPT[:1] + GENERATED)
-    assert_same(run(request, 1, 2, 6), expected)
-    assert request.selected[3, 0] == [0]
-    assert (request.updates, request.skipped) == (LAYERS, 0)
+    expected = by_transformers(any_model, PROMPT[:length] + GENERATED)
+    assert_same(run(request, length, length + 1, length + 5), expected)
+    assert request.selected[3, 0] == list(range(length))
+    assert (request.updates, request.skipped) == (length * LAYERS, 0)
     request.restart()
-    assert_same(run(request, 6), expected)
-    assert request.selected[3, 0] == [0, 1, 2, 3, 4, 5]
+    assert_same(run(request, length + 5), expected)
+    assert request.selected[3, 0] == list(range(length + 5))
 
 
 # What selection does to the hidden states
@@ -238,14 +231,14 @@ def test_a_one_token_prompt_is_dense_and_so_is_what_follows(any_model: Any) -> N
 def test_unselected_tokens_pass_a_layer_by_but_leave_their_keys_and_values(any_model: Any) -> None:
     # In the last layer nothing later can differ: a selected token comes out as in the dense model,
     # which needs the K and V of all before it, an unselected one as if the layer were not there.
-    request = Reference(any_model, Rule(layers=(LAYERS - 1,), window=8)).start(PROMPT)
+    request = Reference(any_model, Rule({LAYERS - 1: THIRD}, window=8, tail=3)).start(PROMPT)
     result = run(request, len(PROMPT))
     selected = request.selected[LAYERS - 1, 0]
     unselected = sorted(set(range(len(PROMPT))) - set(selected))
     with torch.no_grad():
         entering = any_model(torch.tensor([PROMPT]), output_hidden_states=True).hidden_states[-2][0]
         passed_by = any_model.lm_head(any_model.model.norm(entering)).log_softmax(-1)
-    assert len(selected) in (11, 12)
+    assert len(selected) == 1 + 3 + 3 + 3 + 1 + 3
     assert_same(result[selected], by_transformers(any_model, PROMPT)[selected])
     assert_same(result[unselected], passed_by[unselected])
 
@@ -286,20 +279,14 @@ def test_the_sink_recomputed_alone_is_the_one_of_the_batch(any_model: Any) -> No
     for hook in hooks:
         hook.remove()
 
-    # By transformers' own layers: 0 passes, 1 updates, 2 and 3 pass.
-    model = any_model.model
     with torch.no_grad():
-        embedded = model.embed_tokens(torch.tensor([PROMPT[:1]]))
-        rotation = model.rotary_emb(embedded, torch.tensor([[0]]))
-        after = model.layers[1](embedded, position_embeddings=rotation, attention_mask=None)
-        entering = {0: embedded, 2: after, 3: after}
-        by_hand = {i: h[0, 0] for i, h in entering.items()}
+        alone_in_it = any_model(torch.tensor([PROMPT[:1]]), output_hidden_states=True)
 
     alone = reference.sink(PROMPT[0])
     assert set(alone) == {0, 2, 3}
     for index in SPARSE.layers:
         assert_same(alone[index], in_batch[index])
-        assert_same(alone[index], by_hand[index])
+        assert_same(alone[index], alone_in_it.hidden_states[index][0, 0])
 
 
 # Schedules
@@ -325,22 +312,20 @@ def test_generated_tokens_are_always_selected_and_after_a_restart_as_well(any_mo
     request.restart(cached=16)
     assert_same(run(request, 24, 34), before[16:])
     for layer in SPARSE.layers:
-        tail = [position for position in prompt_choice[layer] if position >= 24]
-        assert request.selected[layer, 24] == [*tail, 29, 30, 31, 32, 33]
+        later = [position for position in prompt_choice[layer] if position >= 24]
+        assert request.selected[layer, 24] == [*later, 29, 30, 31, 32, 33]
 
 
 def test_generated_tokens_neither_compete_nor_count(llama: Any) -> None:
-    request = Reference(llama, Rule(layers=(0,), window=32)).start(PROMPT[:20])
+    request = Reference(llama, Rule({0: THIRD}, window=32, tail=2)).start(PROMPT[:20])
     for token in PROMPT[20:]:
         request.append(token)
     run(request, 29)
-    of_prompt = lowest(embedding_scores(llama, PROMPT), 1, 20, 7)
-    assert request.selected[0, 0] == sorted({*of_prompt, *range(19, 29)})
-    request.restart(cached=18)
+    scores = embedding_scores(llama, PROMPT)
+    assert request.selected[0, 0] == [0, *lowest(scores, 1, 18, 6), *range(18, 29)]
+    request.restart(cached=16)
     run(request, 29)
-    assert request.selected[0, 18] == sorted(
-        {*lowest(embedding_scores(llama, PROMPT), 18, 20, 1), *range(19, 29)}
-    )
+    assert request.selected[0, 16] == [*lowest(scores, 16, 18, 1), *range(18, 29)]
 
 
 def test_every_prompt_token_and_layer_counts_as_updated_or_skipped(llama: Any) -> None:
@@ -377,6 +362,6 @@ def test_what_cannot_be_computed_is_refused(llama: Any) -> None:
     with pytest.raises(ValueError, match="empty"):
         reference.start([])
     with pytest.raises(ValueError, match="4 layers"):
-        Reference(llama, Rule(layers=(4,)))
+        Reference(llama, Rule({4: THIRD}))
     with pytest.raises(ValueError, match="float32"):
         Reference(make_model("llama").bfloat16(), SPARSE)

@@ -1,0 +1,130 @@
+"""From the options to what is run: which profile is taken, and what does not fit a model."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from orthorank_vllm.config import CALIBRATION_OFF, OrthoRankConfig, ratio_of
+from orthorank_vllm.options import (
+    AUTO,
+    DEFAULT_MAX_LOSS,
+    LAYERS,
+    PROFILE,
+    RATIO,
+    TAIL,
+    WINDOW,
+    Options,
+    at_most,
+)
+from orthorank_vllm.profiles import (
+    Profile,
+    ProfileError,
+    kept_profiles,
+    read_profile_of,
+    shipped_profile,
+)
+
+# Why a start does not measure, and what would help.
+NO_WEIGHTS = (
+    "this load format loads no weights",
+    "give --orthorank-profile, a file that `orthorank calibrate` made on the weights that are to "
+    "come, or --orthorank-layers",
+)
+
+
+def resolve(
+    options: Options, model: Mapping[str, Any], cache_root: str, has_weights: bool = True
+) -> OrthoRankConfig:
+    """Choose the selective layers of one model, or leave that to its start-up.
+
+    What was measured on this machine is known by the weights too, so where there is
+    such a profile of this configuration, the choice is left until they are loaded.
+
+    Args:
+        options: active options.
+        model: see `profiles.model_identity`.
+        cache_root: vLLM's, where calibrated profiles are kept.
+        has_weights: whether the load format loads any: on random ones nothing is
+            measured, and none are known to be those of a profile that was kept.
+
+    Raises:
+        OptionError: the options do not fit this model.
+    """
+    num_layers = int(model["num_hidden_layers"])
+    is_auto = options.ratio == AUTO
+    max_loss = DEFAULT_MAX_LOSS if options.max_loss is None else options.max_loss
+    config = OrthoRankConfig(
+        ratio_asked=None if is_auto else options.ratio,
+        max_loss=max_loss if is_auto else None,
+        keep=options.keep,
+        window=options.window,
+        tail=options.tail,
+        num_layers=num_layers,
+        attention=options.attention,
+    )
+    if options.layers is not None:
+        _check_layers(options, num_layers)
+        return config.with_layers(options.layer_keeps, LAYERS.flag)
+    if options.profile is not None:
+        return config.with_profile(_given_profile(options.profile, model, config))
+    to_choose = replace(config, to_choose=True)
+    if has_weights:
+        to_choose = replace(to_choose, calibrate_seconds=options.calibrate_seconds)
+        if kept_profiles(cache_root, model["config_sha256"], options.window, options.tail):
+            return to_choose
+    shipped = shipped_profile(model)
+    if shipped is not None and config.entries_needed(shipped) is not None:
+        return config.with_profile(shipped)
+    if not has_weights:
+        return config.unmeasured(*NO_WEIGHTS)
+    if options.calibrate_seconds:
+        return to_choose
+    if shipped is not None and not is_auto:
+        raise RATIO.rejected(options.ratio, _lack(shipped, config))
+    return config.unmeasured(*CALIBRATION_OFF)
+
+
+def _check_layers(options: Options, num_layers: int) -> None:
+    layers = options.layer_keeps
+    given = ",".join(map(str, options.layers or ()))
+    too_high = [layer for layer, _ in layers if layer >= num_layers]
+    if too_high:
+        # What YAML makes of 29:0 without quotes, a number in base 60.
+        is_yaml = any(layer % 60 == 0 for layer in too_high)
+        hint = ' (in a YAML list a layer with its keep needs quotes, "29:0")' if is_yaml else ""
+        raise LAYERS.rejected(given, f"this model has layers 0 to {num_layers - 1}{hint}")
+    if options.ratio is not None:
+        reached = ratio_of(layers, num_layers)
+        one_layer = max(1 - (keep or 0.0) for _, keep in layers) / num_layers
+        if abs(reached - options.ratio) > one_layer + 1e-9:
+            raise LAYERS.rejected(
+                given,
+                f"these {len(layers)} layers reach ratio {reached:.3f}, "
+                f"which does not agree with --orthorank-ratio {options.ratio:.4g}",
+            )
+
+
+def _given_profile(path: str, model: Mapping[str, Any], config: OrthoRankConfig) -> Profile:
+    try:
+        profile = read_profile_of(model, path)
+    except ProfileError as error:
+        raise PROFILE.rejected(path, str(error)) from None
+    if config.entries_needed(profile) is None:
+        raise PROFILE.rejected(path, _lack(profile, config))
+    return profile
+
+
+def _lack(profile: Profile, config: OrthoRankConfig) -> str:
+    """Why a profile's entries do not make what was asked for."""
+    if config.ratio_asked is not None:
+        most = config.reached(profile, len(profile.entries))
+        return (
+            f"ratio {config.ratio_asked:.4g} is more than the {at_most(most)} that the "
+            f"{len(profile.entries)} layers of profile {profile.name} reach"
+        )
+    if not any(entry.cost or entry.held_back for entry in profile.entries):
+        return f"{RATIO.flag} {AUTO} goes by its losses, and it has none"
+    return (
+        f"{RATIO.flag} {AUTO} goes by its losses, which were measured with {WINDOW.flag} "
+        f"{profile.window} and {TAIL.flag} {profile.tail}; give those"
+    )
