@@ -125,12 +125,10 @@ class Search:
             best = less
         added = {each: self._added(losses) for each, losses in found.items()}
         self.added.update(added)
-        if not self._take(best, found[best]):
-            return
         others = {each: losses for each, losses in found.items() if each.layer != best.layer}
-        if not others:
+        second = self._best(others) if others else None
+        if not self._take(best, found[best]) or second is None:
             return
-        second = self._best(others)
         beside = self.here.of(self.chosen, [second])[second]
         if self._added(beside) <= TOGETHER * added[second] + SAME_LOSS:
             self._take(second, beside)
@@ -159,7 +157,7 @@ class Search:
             differences = [a - b for a, b in zip(added[each], added[least], strict=True)]
             difference = mean[each] - mean[least]
             return difference <= min(
-                self.here.standard_error(differences), NOISE_SHARE * mean[least] + SAME_LOSS
+                self.here.standard_error(differences), NOISE_SHARE * abs(mean[least]) + SAME_LOSS
             )
 
         return min(filter(is_as_good, added), key=lambda each: (-each.layer, each.keep))
@@ -171,7 +169,7 @@ class Search:
         added_there = self.held_back.mean(there) - self.held_back.mean(
             self.held_back.of_all(before)
         )
-        is_luck = added_there > LUCK * self._added(losses) + LUCK_NATS
+        is_luck = added_there > LUCK * max(self._added(losses), 0.0) + LUCK_NATS
         if is_luck and chosen.layer not in self.put_off:
             self.put_off.add(chosen.layer)
             return False
