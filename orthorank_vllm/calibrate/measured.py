@@ -109,7 +109,7 @@ class Measured:
         if self._dense is None:
             losses = self.trial.dense
             loss = sum(loss.dense_nll for loss in losses) / sum(loss.tokens for loss in losses)
-            self._dense = _rounded(loss), tuple(loss.dense_found for loss in losses)
+            self._dense = round(loss, DIGITS), tuple(loss.dense_found for loss in losses)
         return self._dense
 
     def mean(self, losses: Losses) -> float:

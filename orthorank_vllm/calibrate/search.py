@@ -90,8 +90,12 @@ class Search:
                 f"{chance:.4g}"
             )
         self._look_at_each()
-        while self.ratio < max_ratio - 1e-9 and len(self.entries) < self.num_layers:
-            self._step()
+
+        def is_reached() -> bool:
+            return self.ratio > max_ratio - 1e-9 or len(self.entries) == self.num_layers
+
+        while not is_reached():
+            self._step(is_reached)
 
     def _look_at_each(self) -> None:
         alone = self.scout.of((), [LayerKeep(layer, NONE) for layer in range(self.num_layers)])
@@ -114,7 +118,7 @@ class Search:
         by_kind = self.scout.by_kind(losses)
         return any(by_kind.get(kind, 0.0) > CARRIES for kind in FINDING_KINDS)
 
-    def _step(self) -> None:
+    def _step(self, is_reached: Callable[[], bool]) -> None:
         found = self.here.of(self.chosen, self._to_try())
         best = self._best(found)
         while best.keep in FINER:
@@ -125,12 +129,10 @@ class Search:
             best = less
         added = {each: self._added(losses) for each, losses in found.items()}
         self.added.update(added)
-        if not self._take(best, found[best]):
-            return
         others = {each: losses for each, losses in found.items() if each.layer != best.layer}
-        if not others:
+        second = self._best(others) if others else None
+        if not self._take(best, found[best]) or second is None or is_reached():
             return
-        second = self._best(others)
         beside = self.here.of(self.chosen, [second])[second]
         if self._added(beside) <= TOGETHER * added[second] + SAME_LOSS:
             self._take(second, beside)
@@ -172,7 +174,7 @@ class Search:
         added_there = self.held_back.mean(there) - self.held_back.mean(
             self.held_back.of_all(before)
         )
-        is_luck = added_there > LUCK * self._added(losses) + LUCK_NATS
+        is_luck = added_there > LUCK * max(self._added(losses), 0.0) + LUCK_NATS
         if is_luck and chosen.layer not in self.put_off:
             self.put_off.add(chosen.layer)
             return False
