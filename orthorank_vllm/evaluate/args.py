@@ -232,15 +232,13 @@ def _parse_methods(value: str) -> list[str]:
 def _parse_layers(arguments: argparse.Namespace, keep: float | None) -> Layers | None:
     if arguments.layers is None:
         return None
+    layers = LAYERS.parse(arguments.layers, "--layers")
     if arguments.profile is not None:
         raise OptionError(
             "--layers", arguments.layers, f"it excludes --profile {arguments.profile}; give one"
         )
     default = DEFAULT_KEEP if keep is None else keep
-    return tuple(
-        LayerKeep(layer, default if own is None else own)
-        for layer, own in LAYERS.parse(arguments.layers, "--layers")
-    )
+    return tuple(LayerKeep(layer, default if own is None else own) for layer, own in layers)
 
 
 def _parse_prompt_lens(value: str) -> list[int]:
