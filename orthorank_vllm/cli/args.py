@@ -56,7 +56,7 @@ def parse_count(name: str, value: object, least: int) -> int:
     Raises:
         OptionError: not a whole number, or too small.
     """
-    number = int(str(value)) if str(value).isdecimal() else 0
+    number = int(str(value)) if str(value).isdecimal() else least - 1
     if number < least:
         raise OptionError(name, value, f"give a whole number from {least}")
     return number
