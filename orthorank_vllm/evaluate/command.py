@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from orthorank_vllm import __version__
-from orthorank_vllm.calibrate.text import CHARACTERS_PER_TOKEN
+from orthorank_vllm.calibrate.text import CHARACTERS_PER_TOKEN, built_in_text, held_back_text
 from orthorank_vllm.config import ratio_of
 from orthorank_vllm.evaluate.args import EvaluateArgs, add_arguments
 from orthorank_vllm.evaluate.layers import (
@@ -30,7 +30,7 @@ from orthorank_vllm.evaluate.results import Results
 from orthorank_vllm.evaluate.runs import DENSE, Layers, Run, plan_runs, repeats_the_rule
 from orthorank_vllm.evaluate.tables import tables
 from orthorank_vllm.files import write_output
-from orthorank_vllm.profiles import Entry, Profile, model_identity
+from orthorank_vllm.profiles import Profile, model_identity
 from orthorank_vllm.selection.method import Method
 
 HEAT_MAP_TOKENS = 512
@@ -78,7 +78,10 @@ def run(arguments: argparse.Namespace) -> int:
             results.profiles[Method.name] = profile
             check_weights(profile, model, weights, args.rule, arguments.profile is not None)
         if Prune.name in args.methods and chosen:
-            results.profiles[Prune.name] = _pruned(name, model, args)
+            most = max(chosen)
+            results.profiles[Prune.name] = _pruned(
+                workers, model_config, tokenizer, weights, most, args
+            )
         runs = plan_runs(
             args.methods,
             0 in args.ratios,
@@ -153,10 +156,32 @@ def _chosen(args: EvaluateArgs, profile: Profile | None, num_layers: int) -> dic
     return chosen
 
 
-def _pruned(name: str, model: dict[str, Any], args: EvaluateArgs) -> Profile:
-    """The order in which whole layers are left out: from the last but one downwards."""
-    entries = tuple(Entry(layer, 0.0) for layer in range(model["num_hidden_layers"] - 2, -1, -1))
-    return Profile(name, model, entries, args.rule.window, args.rule.tail, method=Prune.name)
+def _pruned(
+    workers: Any,
+    model_config: Any,
+    tokenizer: Any,
+    weights: str | None,
+    max_ratio: float,
+    args: EvaluateArgs,
+) -> Profile:
+    """The order in which whole layers are left out: its own search, kept in the folder."""
+    from orthorank_vllm.calibrate.calibration import Calibration
+    from orthorank_vllm.calibrate.command import known_profile, measure
+
+    calibration = Calibration.of(
+        model_config,
+        tokenizer,
+        built_in_text(),
+        held_back_text(),
+        method_named(Prune.name, args.rule),
+    )
+    calibration = replace(calibration, weights=weights)
+    output = args.folder / "prune.json"
+    known = known_profile(calibration, output)
+    if known is not None and max(known.ratios, default=0.0) > max_ratio - 1e-9:
+        return known
+    print("choosing the layers to prune, as `orthorank calibrate` chooses", file=sys.stderr)
+    return measure(workers, calibration, max_ratio, output)
 
 
 def _of_pruning(
