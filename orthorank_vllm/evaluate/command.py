@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from orthorank_vllm import __version__
-from orthorank_vllm.calibrate.text import CHARACTERS_PER_TOKEN, built_in_text, held_back_text
+from orthorank_vllm.calibrate.text import CHARACTERS_PER_TOKEN, held_back_text
 from orthorank_vllm.config import ratio_of
 from orthorank_vllm.evaluate.args import EvaluateArgs, add_arguments
 from orthorank_vllm.evaluate.layers import (
@@ -171,7 +171,7 @@ def _pruned(
     calibration = Calibration.of(
         model_config,
         tokenizer,
-        built_in_text(),
+        args.calibration,
         held_back_text(),
         method_named(Prune.name, args.rule),
     )
