@@ -140,7 +140,7 @@ def measure(workers: Workers, calibration: Calibration, max_ratio: float, output
             raise
         except OSError as error:
             raise _unwritable(path, error) from None
-    profile = calibration.profile_of(search.entries)
+    profile = calibration.profile_of(search.entries, search.alone)
     try:
         profile.write(output)
     except OSError as error:

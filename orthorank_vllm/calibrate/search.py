@@ -74,6 +74,13 @@ class Search:
         """The ratio reached so far."""
         return ratio_of(self.chosen, self.num_layers)
 
+    @property
+    def alone(self) -> tuple[Mapping[str, float], ...]:
+        """What each layer costs by itself with keep 0, by kind of text."""
+        layers = [LayerKeep(layer, NONE) for layer in range(self.num_layers)]
+        measured = self.scout.of((), layers)
+        return tuple(self.scout.cost(measured[layer]).loss for layer in layers)
+
     def run(self, max_ratio: float, chance: float = math.inf) -> None:
         """Search until a ratio is reached, or every layer is chosen.
 
