@@ -1,6 +1,8 @@
 """Some prompts through vLLM in this process, with OrthoRank: `offline.py MODEL`.
 
-The start-up line "OrthoRank is active" says which layers are sparse. `--ratio 0` is stock vLLM.
+The start-up line "OrthoRank is active" says which layers are sparse, and the last tokens of each
+prompt that are computed in all of them, its tail: these prompts are no longer. `--ratio 0` is stock
+vLLM.
 """
 
 import argparse

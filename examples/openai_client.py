@@ -6,10 +6,13 @@ Asks the server at `--url`, with the key in OPENAI_API_KEY where the server want
 import argparse
 import os
 import urllib.request
+from pydoc_data.topics import topics
 
 import openai
 
-PROMPT = "A list of the planets, from the sun outwards: Mercury, Venus,"
+# Long: of a prompt's first token and its last 64 nothing is skipped.
+PROMPT = topics["with"] + "\nIn short, the with statement"
+SHOWN = 60
 
 
 def metric(url: str, name: str) -> float:
@@ -37,7 +40,7 @@ def main() -> None:
 
     skipped = metric(args.url, "orthorank_token_updates_skipped_total") - skipped
     made = metric(args.url, "orthorank_token_updates_total") - made
-    print(f"{model}: {args.prompt}{answer.choices[0].text}")
+    print(f"{model}: …{args.prompt[-SHOWN:]}{answer.choices[0].text}")
     assert answer.usage is not None
     tokens = f"{answer.usage.prompt_tokens} prompt tokens"
     if skipped + made:

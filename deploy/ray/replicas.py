@@ -12,7 +12,8 @@ PROMPTS = [
     "The capital of France is Paris. The capital of Germany is",
     "One, two, three, four, five, six,",
 ]
-OPTIONS = {"layers": [1, 3, 4]}
+# A short tail, since the prompts are short.
+OPTIONS = {"layers": [1, 3, "4:0"], "tail": 4}
 
 
 @ray.remote

@@ -3,13 +3,14 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from orthorank_vllm.bench.paired_stats import LEAST_PAIRS
 from orthorank_vllm.calibrate.text import BUILT_IN, Text, built_in_text, read_text
 from orthorank_vllm.cli.args import parse_count
 from orthorank_vllm.engine.flags import add_flags
 from orthorank_vllm.files import check_writable
-from orthorank_vllm.options import OFFLINE, RATIO, OptionError
+from orthorank_vllm.options import AUTO, OFFLINE, RATIO, OptionError, Options
 
 RIVALS = {
     "stock": "stock vLLM",
@@ -25,7 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_own(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("benchmark")
-    group.add_argument("--ratios", default="0.3", help="One after another (default: %(default)s).")
+    group.add_argument(
+        "--ratios",
+        default="0.3",
+        help=f'One after another; "{AUTO}" may be one (default: %(default)s).',
+    )
     group.add_argument(
         "--lengths",
         default="512,2048",
@@ -73,12 +78,13 @@ class BenchArgs:
     """The options, checked.
 
     Attributes:
+        ratios: numbers, or "auto".
         flags: vLLM's, for every server, as given.
         rule_flags: for OrthoRank's servers alone.
     """
 
     model: str
-    ratios: list[float]
+    ratios: list[Any]
     lengths: list[int]
     clients: list[int]
     rivals: list[str]
@@ -118,8 +124,20 @@ class BenchArgs:
             raise OptionError(
                 f"--ratios {arguments.ratios}: 0 is stock vLLM itself; give numbers above 0"
             )
+        args._check_rule(arguments)
         check_writable(args.folder / "results.json")
         return args
+
+    def _check_rule(self, arguments: argparse.Namespace) -> None:
+        """Refuse what OrthoRank's servers would, as far as that shows without the model."""
+        given = {name: getattr(arguments, f"orthorank_{name}", None) for name in OFFLINE}
+        for ratio in self.ratios:
+            tail = Options.from_mapping({**given, "ratio": ratio}).tail
+        if max(self.lengths) <= tail + 1:
+            raise OptionError(
+                f"--lengths {','.join(map(str, self.lengths))}: OrthoRank skips nothing of a "
+                f"prompt's first token and its last {tail}; give longer ones"
+            )
 
 
 def split_flags(argv: list[str], model: str) -> tuple[list[str], list[str]]:

@@ -28,12 +28,10 @@ from orthorank_vllm.bench.pruned_checkpoint import write_pruned
 from orthorank_vllm.bench.report import OURS, Comparison, Results, plot, table
 from orthorank_vllm.bench.servers import Server, ServerError, get, memory_of, running
 from orthorank_vllm.bench.workloads import Prompt, Prompts, Workload, plan_workloads
-from orthorank_vllm.config import selective_count
 from orthorank_vllm.files import write_output
 from orthorank_vllm.flops import Shapes
-from orthorank_vllm.metrics.status import engines_of
-from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_WINDOW, OptionError
-from orthorank_vllm.selection.method import Method
+from orthorank_vllm.metrics.status import EngineStatus, engines_of
+from orthorank_vllm.options import OptionError
 
 __all__ = ["add_arguments", "run"]
 
@@ -53,19 +51,14 @@ def run(arguments: argparse.Namespace) -> int:
     from orthorank_vllm.offline.workers import model_config_of, tokenizer_of
 
     args = BenchArgs.of(arguments)
-    rule = Method(
-        keep=getattr(arguments, "orthorank_keep", DEFAULT_KEEP),
-        window=getattr(arguments, "orthorank_window", DEFAULT_WINDOW),
-    )
     model_config = model_config_of(arguments)
     shapes = Shapes.of(model_config.hf_text_config)
-    selective = [selective_count("--ratios", r, rule.keep, shapes.layers) for r in args.ratios]
     workloads = plan_workloads(args.lengths, args.clients, args.output_len)
     flags = [*_default_flags(args, workloads, int(model_config.max_model_len)), *args.flags]
     tokens = tokenizer_of(model_config).encode(args.text.content)
-    results = Results(args.model, flags, shapes, rule, _machine())
+    results = Results(args.model, flags, shapes, _machine())
     try:
-        for ratio, layers in zip(args.ratios, selective, strict=True):
+        for ratio in args.ratios:
             # Drawn before any server starts: a text that is too short shows at once.
             prompts = Prompts(tokens)
             drawn = [
@@ -73,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
                 for workload in workloads
             ]
             results.comparisons.append(
-                _compare(args, ratio, layers, shapes.layers, flags, workloads, drawn)
+                _compare(args, ratio, shapes.layers, flags, workloads, drawn)
             )
             write_output(args.folder / "results.json", results.as_json())
     except ServerError as error:
@@ -95,8 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _compare(
     args: BenchArgs,
-    ratio: float,
-    selective: int,
+    ratio: Any,
     layers: int,
     flags: Sequence[str],
     workloads: Sequence[Workload],
@@ -108,19 +100,24 @@ def _compare(
         # memory that is free while it starts.
         sparse_flags = [*flags, "--orthorank-ratio", str(ratio), *args.rule_flags]
         servers = [stack.enter_context(running(OURS, args.model, sparse_flags, args.folder))]
+        runs = _engines(servers[0])[0]
+        configured = runs.ratio_configured or 0.0
         removed = 0
         for rival in args.rivals:
             model = args.model
             if rival == "prune":
-                removed = max(round(ratio * layers), 1)
+                removed = max(round(configured * layers), 1)
                 model = stack.enter_context(tempfile.TemporaryDirectory(prefix="orthorank-pruned-"))
                 write_pruned(Path(args.model), Path(model), removed)
             servers.append(stack.enter_context(running(rival, model, flags, args.folder)))
         rounds = _measure(servers, workloads, drawn, args.pairs)
         return Comparison(
             ratio_asked=ratio,
+            ratio_configured=configured,
             ratio=_ratio_reached(servers[0]),
-            selective=selective,
+            layers=runs.layers,
+            window=runs.window or 0,
+            tail=runs.tail or 0,
             removed=removed,
             workloads=list(workloads),
             rounds=rounds,
@@ -161,16 +158,28 @@ def _timed(
     return workload.measure(server, prompts[number])
 
 
+def _engines(server: Server) -> list[EngineStatus]:
+    """What the server's engines say of themselves.
+
+    Raises:
+        ServerError: they run no selective layers, so this is no server to be measured.
+    """
+    engines = engines_of(text_string_to_metric_families(get(server, "/metrics")))
+    if not engines or not all(engine.active and engine.layers for engine in engines):
+        raise server.failure("/metrics shows no selective layers: OrthoRank is inactive there")
+    return engines
+
+
 def _ratio_reached(server: Server) -> float:
     """The fraction of token updates that the server says it skipped.
 
     Raises:
-        ServerError: it skipped nothing, so it is no OrthoRank server to be measured.
+        ServerError: it skipped nothing.
     """
-    engines = engines_of(text_string_to_metric_families(get(server, "/metrics")))
+    engines = _engines(server)
     skipped = sum(engine.token_updates_skipped for engine in engines)
     if not skipped:
-        raise ServerError(f"{server.name}: /metrics shows nothing skipped: OrthoRank is inactive")
+        raise ServerError(f"{server.name}: /metrics shows nothing skipped of these prompts")
     return skipped / (skipped + sum(engine.token_updates for engine in engines))
 
 

@@ -11,10 +11,9 @@ from orthorank_vllm.bench.paired_stats import Round, Spread, noise, ratios, same
 from orthorank_vllm.bench.servers import Memory
 from orthorank_vllm.bench.workloads import Workload
 from orthorank_vllm.flops import Shapes, prefill_flops
-from orthorank_vllm.selection.method import Method
 
 OURS = "orthorank"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -22,16 +21,22 @@ class Comparison:
     """OrthoRank at one ratio, and its rivals.
 
     Attributes:
+        ratio_asked: a number, or "auto".
+        ratio_configured: what the selective layers make.
         ratio: reached on these prompts, by the server's own counters.
-        selective: layers.
+        layers: the selective ones, and the keep of each.
+        window, tail: of the rule, as the server has it.
         removed: layers of the pruned model, if that is a rival.
         rounds: by workload.
         memory: by server.
     """
 
-    ratio_asked: float
+    ratio_asked: Any
+    ratio_configured: float
     ratio: float
-    selective: int
+    layers: dict[int, float]
+    window: int
+    tail: int
     removed: int
     workloads: list[Workload]
     rounds: list[list[Round]]
@@ -74,7 +79,6 @@ class Results:
     model: str
     flags: list[str]
     shapes: Shapes
-    rule: Method
     machine: dict[str, Any]
     comparisons: list[Comparison] = field(default_factory=list)
 
@@ -122,7 +126,7 @@ class Results:
             return prefill_flops(rival_shapes, 1) / prefill_flops(self.shapes, 1)
         length = workload.prompt_len
         gain = prefill_flops(rival_shapes, length) / prefill_flops(
-            self.shapes, length, comparison.selective, self.rule.keep, self.rule.window
+            self.shapes, length, comparison.layers, comparison.window, comparison.tail
         )
         if workload.is_first_token:
             return gain
@@ -145,8 +149,9 @@ def table(results: Results) -> str:
         pairs = len(comparison.rounds[0])
         lines += [
             "",
-            f"Ratio {comparison.ratio:.3f} reached (asked for {comparison.ratio_asked:g}), "
-            f"{comparison.selective} of {results.shapes.layers} layers selective, {pairs} pairs:",
+            f"Ratio {comparison.ratio:.3f} reached (asked for {comparison.ratio_asked}, configured "
+            f"{comparison.ratio_configured:.3f}), {len(comparison.layers)} of "
+            f"{results.shapes.layers} layers selective, tail {comparison.tail}, {pairs} pairs:",
         ]
         for rival in comparison.rivals:
             what = f" ({comparison.removed} layers left out)" if rival == "prune" else ""
@@ -205,7 +210,7 @@ def plot(results: Results) -> str | None:
             axes.barh(place, width, 0.8, 1 / row.noise, color="#e3e3e3", label=labels[3])
     axes.axvline(1, color="#666666", linestyle="--", linewidth=1)
     names = [
-        f"{row.workload.name}\nratio {comparison.ratio_asked:g} against {row.rival}"
+        f"{row.workload.name}\nratio {comparison.ratio_asked} against {row.rival}"
         for row, comparison in rows
     ]
     axes.set_yticks(range(len(rows)), names)

@@ -1,22 +1,37 @@
-"""One calibration: what it is measured on, and its profile while it grows."""
+"""One calibration: the samples it measures on, its search, and its profile while it grows."""
 
 import datetime
+import functools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from orthorank_vllm import __version__
-from orthorank_vllm.calibrate.greedy import Choice
-from orthorank_vllm.calibrate.text import Text, segments
+from orthorank_vllm.calibrate.kinds import KINDS, Sample, make_samples
+from orthorank_vllm.calibrate.measured import Measured
+from orthorank_vllm.calibrate.search import KEEPS, Search
+from orthorank_vllm.calibrate.text import Text
+from orthorank_vllm.files import write_whole
+from orthorank_vllm.offline.workers import Workers, WorkersTrial
 from orthorank_vllm.options import OptionError
-from orthorank_vllm.profiles import Profile, ProfileError, model_identity, read_profile
+from orthorank_vllm.profiles import Entry, Profile, model_identity
 from orthorank_vllm.selection.method import Method
 
-DEFAULT_TOKENS = 2048
-DEFAULT_LENGTH = 512
+PROMPT = 640
+ANSWER = 256
+HELD_BACK_ANSWER = 128
+# Of the numbers in one prompt's list.
+QUESTIONS = 12
+# How many samples of each kind: a fixed amount of work, which no clock cuts.
+SAMPLES = {"prose": 3, "look-up": 3, "copy": 2, "chat": 2}
+HELD_BACK_SAMPLES = {"prose": 2, "look-up": 3, "copy": 2, "chat": 1}
+# Of the samples, those on which every layer is looked at alone.
+SCOUTS = {"prose": 1, "look-up": 1, "copy": 1}
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -24,6 +39,7 @@ class Calibration:
     """What has to be the same for two measurements to be one that goes on.
 
     Attributes:
+        texts: samples by what they are for: "scout", "calibration" and "held_back".
         weights: their fingerprint, once they are loaded; None if they have none.
     """
 
@@ -32,37 +48,49 @@ class Calibration:
     method: Method
     data: dict[str, Any]
     dtype: str
-    texts: Sequence[Sequence[int]]
+    texts: Mapping[str, list[Sample]]
     weights: str | None = None
 
     @classmethod
     def of(
         cls,
         model_config: Any,
-        tokenize: Callable[[str], list[int]],
+        tokenizer: Any,
         text: Text,
+        held_back: Text,
         method: Method,
-        tokens: int = DEFAULT_TOKENS,
-        length: int = DEFAULT_LENGTH,
+        samples: int | None = None,
     ) -> "Calibration":
-        """A calibration of one model on stretches of a text.
+        """A calibration of one model.
 
         Args:
             model_config: vLLM's `ModelConfig`.
+            text, held_back: what layers are chosen on, and what only speaks against them.
+            samples: of each kind of text; None: the usual numbers.
 
         Raises:
-            OptionError: the text is too short.
+            OptionError: a text is too short, or the model's context is.
         """
-        texts = segments(text, tokenize, tokens, length)
+        longest = getattr(model_config.hf_text_config, "max_position_embeddings", PROMPT + ANSWER)
+        if longest < PROMPT + ANSWER:
+            raise OptionError(
+                f"MODEL {model_config.model}: layers are measured on {PROMPT + ANSWER} tokens, and "
+                f"it has {longest} positions; give --orthorank-layers to serve it"
+            )
+
+        def counts(usual: Mapping[str, int]) -> Mapping[str, int]:
+            return usual if samples is None else dict.fromkeys(usual, samples)
+
+        chosen_on = _samples(text, tokenizer, counts(SAMPLES), ANSWER)
+        there = _samples(held_back, tokenizer, counts(HELD_BACK_SAMPLES), HELD_BACK_ANSWER)
+        texts = {"scout": _first(chosen_on, SCOUTS), "calibration": chosen_on, "held_back": there}
         return cls(
             name=Path(str(model_config.model)).name,
             model=model_identity(model_config.hf_text_config),
             method=method,
             data={
-                "name": text.name,
-                "sha256": text.sha256,
-                "tokens": len(texts) * length,
-                "length": length,
+                "calibration": _described(text, texts["calibration"], ANSWER),
+                "held_back": _described(held_back, texts["held_back"], HELD_BACK_ANSWER),
             },
             dtype=str(model_config.dtype).removeprefix("torch."),
             texts=texts,
@@ -72,28 +100,29 @@ class Calibration:
     def num_layers(self) -> int:
         return int(self.model["num_hidden_layers"])
 
-    def new_choice(self) -> Choice:
-        """A choice that has nothing yet."""
-        return Choice(self.num_layers, chance=_chance(self.model))
+    @property
+    def chance(self) -> float:
+        """The loss of a guess."""
+        return math.log(self.model["vocab_size"])
 
-    def is_of(self, profile: Profile) -> bool:
-        """Whether `profile` was measured in just this way."""
-        return self.profile(self.new_choice()).identity == profile.identity
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What two measurements must share to be one."""
+        return self.profile_of(()).identity
 
-    def profile(self, choice: Choice) -> Profile:
-        """The profile of what has been chosen so far."""
+    def profile_of(
+        self, entries: Sequence[Entry], alone: Sequence[Mapping[str, float]] = ()
+    ) -> Profile:
+        """The profile of what has been chosen so far, and of what each layer costs alone."""
         return Profile(
             name=self.name,
             model=self.model,
+            entries=tuple(entries),
+            alone=tuple(alone),
+            window=self.method.window,
+            tail=self.method.tail,
             method=self.method.name,
             weights=self.weights,
-            keep=self.method.keep,
-            window=self.method.window,
-            order=tuple(choice.order),
-            losses=tuple(choice.losses),
-            dense_loss=choice.dense_loss,
-            tried=dict(choice.tried),
-            trials=choice.trials,
             data=self.data,
             dtype=self.dtype,
             versions={
@@ -104,57 +133,119 @@ class Calibration:
         )
 
 
-def _chance(model: Mapping[str, Any]) -> float:
-    return math.log(model["vocab_size"])
+@dataclass
+class Course:
+    """A calibration under way in loaded workers, its measurements kept in a file.
 
-
-def choice_of(profile: Profile) -> Choice:
-    """Where the measurement of `profile` stopped."""
-    return Choice(
-        num_layers=int(profile.model["num_hidden_layers"]),
-        chance=_chance(profile.model),
-        dense_loss=profile.dense_loss,
-        order=list(profile.order),
-        losses=list(profile.losses),
-        tried=dict(profile.tried),
-        trials=profile.trials,
-    )
-
-
-def unfinished_of(output: Path) -> Path:
-    """Where a profile is kept while it grows."""
-    return output.with_name(output.name + ".unfinished")
-
-
-def left_profiles(output: Path) -> list[tuple[Path, Profile]]:
-    """What earlier runs left at `output` and beside it, the unfinished first.
-
-    Raises:
-        OptionError: a file is in the way that is no profile.
+    Attributes:
+        path: of the measurements; None: they are not kept.
+        before_trial: called before each measurement; may raise.
+        on_trial: called after each.
+        on_unkept: called once where the measurements cannot be kept, which is then given up; None:
+            that ends the search.
     """
-    found = []
-    for path in (unfinished_of(output), output):
-        if not path.exists():
-            continue
+
+    calibration: Calibration
+    workers: Workers
+    path: Path | None
+    before_trial: Callable[[], None] = lambda: None
+    on_trial: Callable[[], None] = lambda: None
+    on_unkept: Callable[[OSError], None] | None = None
+    trials: int = 0
+    measured: dict[str, Measured] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, samples in self.calibration.texts.items():
+            opening = functools.partial(self._open, name)
+            self.measured[name] = Measured(samples, opening, self._between)
+        if self.path is not None:
+            for name, content in read_measurements(self.path, self.calibration.identity).items():
+                self.measured[name].restore(content)
+
+    def search(self, on_entry: Callable[[], None] = lambda: None) -> Search:
+        """A search that knows all that was measured."""
+        return Search(
+            scout=self.measured["scout"],
+            here=self.measured["calibration"],
+            held_back=self.measured["held_back"],
+            num_layers=self.calibration.num_layers,
+            tries_keeps=not self.calibration.method.skips_layers,
+            on_entry=on_entry,
+        )
+
+    def keep(self) -> None:
+        """Write what was measured, whole or not at all.
+
+        Raises:
+            OSError: what was there is untouched.
+        """
+        if self.path is None:
+            return
+        content = {
+            "format": FORMAT,
+            "identity": self.calibration.identity,
+            "measured": {name: each.as_dict() for name, each in self.measured.items()},
+        }
         try:
-            found.append((path, read_profile(path)))
-        except ProfileError as error:
-            raise OptionError(f"-o {path}: {error}; remove it, or give another -o FILE") from None
-    return found
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path, json.dumps(content) + "\n")
+        except OSError as error:
+            if self.on_unkept is None:
+                raise
+            self.path = None
+            self.on_unkept(error)
+
+    def _open(self, name: str) -> WorkersTrial:
+        calibration = self.calibration
+        return WorkersTrial(
+            self.workers, calibration.texts[name], calibration.method, KEEPS, name=name
+        )
+
+    def _between(self) -> None:
+        if self.trials:
+            self.keep()
+            self.on_trial()
+        self.trials += 1
+        self.before_trial()
 
 
-def found_so_far(calibration: Calibration, output: Path) -> Choice:
-    """What earlier runs of the same measurement left, if anything.
+def measurements_of(output: Path) -> Path:
+    """Where the measurements for a profile are kept."""
+    return output.with_name(output.name + ".measured")
 
-    Raises:
-        OptionError: a file is in the way that this run must not replace.
-    """
-    for path, profile in left_profiles(output):
-        if calibration.is_of(profile):
-            return choice_of(profile)
-        if path != output:
-            raise OptionError(
-                f"-o {output}: {path.name} holds an unfinished measurement of another model, "
-                "text or rule; finish it with its own options, or remove it"
-            )
-    return calibration.new_choice()
+
+def read_measurements(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier run of the same calibration measured; empty if there is nothing of it."""
+    try:
+        content = json.loads(path.read_text())
+        is_same = content["format"] == FORMAT and content["identity"] == json.loads(
+            json.dumps(identity)
+        )
+        return dict(content["measured"]) if is_same else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _samples(text: Text, tokenizer: Any, counts: Mapping[str, int], answer: int) -> list[Sample]:
+    samples = []
+    for kind in KINDS:
+        samples += make_samples(
+            kind, text, tokenizer, counts[kind], PROMPT, answer, questions=QUESTIONS
+        )
+    return samples
+
+
+def _first(samples: list[Sample], counts: Mapping[str, int]) -> list[Sample]:
+    of_kind = {kind: [sample for sample in samples if sample.kind == kind] for kind in counts}
+    return [sample for kind, count in counts.items() for sample in of_kind[kind][:count]]
+
+
+def _described(text: Text, samples: list[Sample], answer: int) -> dict[str, Any]:
+    kinds = dict.fromkeys(sample.kind for sample in samples)
+    return {
+        "name": text.name,
+        "sha256": text.sha256,
+        "samples": {kind: sum(s.kind == kind for s in samples) for kind in kinds},
+        "prompt": PROMPT,
+        "answer": answer,
+    }

@@ -1,6 +1,6 @@
 """Choose the layers of a model by measurement, and write them to a profile.
 
-Greedy: step by step, the layer is added that raises the loss on a text least.
+One more layer at a time, the one whose set costs a served answer least for what it saves.
 """
 
 import argparse
@@ -8,30 +8,23 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from orthorank_vllm.calibrate.calibration import (
-    DEFAULT_LENGTH,
-    DEFAULT_TOKENS,
-    Calibration,
-    found_so_far,
-    left_profiles,
-    unfinished_of,
+from orthorank_vllm.calibrate.calibration import Calibration, Course, measurements_of
+from orthorank_vllm.calibrate.progress import SearchBar
+from orthorank_vllm.calibrate.search import NothingToTell
+from orthorank_vllm.calibrate.text import (
+    BUILT_IN,
+    HELD_BACK,
+    built_in_text,
+    held_back_text,
+    read_text,
 )
-from orthorank_vllm.calibrate.greedy import Choice, NothingToTell, Trial, choose
-from orthorank_vllm.calibrate.progress import TrialBar
-from orthorank_vllm.calibrate.text import BUILT_IN, built_in_text, read_text
-from orthorank_vllm.cli.args import (
-    add_breadth_argument,
-    add_rule_arguments,
-    breadth_of,
-    parse_count,
-    rule_of,
-)
+from orthorank_vllm.cli.args import add_rule_arguments, parse_count, rule_of
 from orthorank_vllm.compat import cache_root
-from orthorank_vllm.config import selective_count
+from orthorank_vllm.config import describe
 from orthorank_vllm.files import check_writable
+from orthorank_vllm.offline.workers import Workers
 from orthorank_vllm.options import RATIO, OptionError
-from orthorank_vllm.profiles import Profile, cached_path, kept_folder
-from orthorank_vllm.selection.method import Method
+from orthorank_vllm.profiles import Profile, ProfileError, cached_path, kept_folder, read_profile
 
 DEFAULT_MAX_RATIO = 0.5
 
@@ -42,8 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data",
         metavar="FILE",
-        help='Text, or JSON lines with "text", to measure on; of the kind that will be served '
+        help='Text, or JSON lines with "text", to choose on; of the kind that will be served '
         f"(default: {BUILT_IN}, which comes with Python).",
+    )
+    group.add_argument(
+        "--held-back",
+        metavar="FILE",
+        help="Text of another kind, that only speaks against a layer, and tells what the choice "
+        f"costs (default: {HELD_BACK}).",
     )
     group.add_argument(
         "--max-ratio",
@@ -52,12 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_rule_arguments(group)
     group.add_argument(
-        "--tokens",
-        default=DEFAULT_TOKENS,
-        help=f"Tokens to measure on, in stretches of {DEFAULT_LENGTH} from all over the text "
-        "(default: %(default)s).",
+        "--samples",
+        help="Samples of each kind of text, prose, look-up, copy and chat (default: 2 or 3).",
     )
-    add_breadth_argument(group)
     group.add_argument(
         "-o",
         "--output",
@@ -73,90 +69,105 @@ def run(arguments: argparse.Namespace) -> int:
         OptionError: see the options.
     """
     from orthorank_vllm.offline import worker_calls
-    from orthorank_vllm.offline.workers import (
-        WorkersTrial,
-        loaded_workers,
-        measuring_config,
-        tokenizer_of,
-    )
+    from orthorank_vllm.offline.workers import loaded_workers, measuring_config, tokenizer_of
 
     method = rule_of(arguments)
     max_ratio = RATIO.parse(arguments.max_ratio, "--max-ratio")
-    tokens = parse_count("--tokens", arguments.tokens, least=DEFAULT_LENGTH)
-    breadth = breadth_of(arguments)
+    if not isinstance(max_ratio, float) or not max_ratio:
+        raise OptionError("--max-ratio", arguments.max_ratio, "give a number above 0 and below 1")
+    samples = parse_count("--samples", arguments.samples, least=1) if arguments.samples else None
     text = read_text(arguments.data) if arguments.data else built_in_text()
-    if arguments.output:
-        check_writable(Path(arguments.output))
+    held_back = held_back_text()
+    if arguments.held_back:
+        held_back = read_text(arguments.held_back, "--held-back")
+    if held_back.sha256 == text.sha256:
+        raise OptionError(
+            f"--held-back {held_back.name}: it is the text that layers are chosen on; give another"
+        )
+    given = Path(arguments.output) if arguments.output else None
+    check_writable(given or kept_folder(cache_root()) / "profile.json")
+    if given is not None:
+        check_replaceable(given)
     vllm_config = measuring_config(arguments)
     model_config = vllm_config.model_config
     calibration = Calibration.of(
-        model_config, tokenizer_of(model_config).encode, text, method, tokens=tokens
+        model_config, tokenizer_of(model_config), text, held_back, method, samples
     )
-    count = selective_count("--max-ratio", max_ratio, method.keep, calibration.num_layers)
-    if arguments.output:
-        left_profiles(Path(arguments.output))
-    else:
-        check_writable(kept_folder(cache_root()) / "profile.json")
     with loaded_workers(vllm_config) as workers:
         calibration = replace(calibration, weights=workers.call(worker_calls.fingerprint))
-        output = Path(arguments.output) if arguments.output else default_output(calibration)
-        choice = found_so_far(calibration, output)
-        if len(choice.order) >= count:
-            print(
-                f"{output} has these {len(choice.order)} layers already, measured in the same way"
-            )
+        output = given or default_output(calibration)
+        known = known_profile(calibration, output)
+        if known is not None and max(known.ratios, default=0) > max_ratio - 1e-9:
+            print(f"{output} has these {len(known.entries)} layers already, measured as now")
             return 0
-        if choice.trials:
-            print(f"going on from {len(choice.order)} of {count} layers", file=sys.stderr)
-        trial = WorkersTrial(workers, calibration.texts, method)
-        profile = measure(trial, calibration, choice, count, output, breadth)
+        profile = measure(workers, calibration, max_ratio, output)
+    if given is not None:
+        # In the cache a later start may go on from it, to a higher ratio.
+        measurements_of(output).unlink(missing_ok=True)
     print(table(profile))
     print(f"wrote {output}")
     return 0
 
 
-def measure(
-    trial: Trial,
-    calibration: Calibration,
-    choice: Choice,
-    count: int,
-    output: Path,
-    breadth: int | None = None,
-) -> Profile:
-    """Choose, with a bar, and keep what is found beside `output` after each trial.
+def measure(workers: Workers, calibration: Calibration, max_ratio: float, output: Path) -> Profile:
+    """Search, with a bar, what is measured kept beside `output`; then write that.
 
     Raises:
-        OptionError: the losses say nothing about the layers; nothing is left.
+        OptionError: the losses say nothing about the layers, or nothing can be written.
     """
-    unfinished = unfinished_of(output)
-    with TrialBar(choice, count, breadth) as bar:
-
-        def on_trial() -> None:
-            write(calibration.profile(choice), unfinished)
-            bar.update()
-
+    path = measurements_of(output)
+    with SearchBar(max_ratio) as bar:
+        course = Course(calibration, workers, path, on_trial=lambda: bar.update(search.ratio))
+        search = course.search()
         try:
-            choose(trial, choice, count, on_trial, breadth)
+            search.run(max_ratio, calibration.chance)
+            course.keep()
         except NothingToTell as error:
             bar.close()
-            unfinished.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             raise OptionError(
                 f"MODEL {calibration.name}: its layers cannot be chosen on "
-                f"{calibration.data['name']}, {error}; look at its weights and tokenizer, or give "
-                "other --data"
+                f"{calibration.data['calibration']['name']}, {error}; look at its weights and "
+                "tokenizer, or give other --data"
             ) from None
         except KeyboardInterrupt:
             bar.close()
             print(
-                f"stopped; {len(choice.order)} of {count} layers are kept in {unfinished}: run the "
-                "same command again to go on",
+                f"stopped at ratio {search.ratio:.3f} of {max_ratio:.3g}; what was measured is "
+                f"kept in {path}: run the same command again to go on",
                 file=sys.stderr,
             )
             raise
-    profile = calibration.profile(choice)
-    write(profile, output)
-    unfinished.unlink(missing_ok=True)
+        except OSError as error:
+            raise _unwritable(path, error) from None
+    profile = calibration.profile_of(search.entries, search.alone)
+    try:
+        profile.write(output)
+    except OSError as error:
+        raise _unwritable(output, error) from None
     return profile
+
+
+def known_profile(calibration: Calibration, output: Path) -> Profile | None:
+    """What an earlier run of the same calibration wrote; None if there is nothing of it."""
+    try:
+        profile = read_profile(output)
+    except ProfileError:
+        return None
+    return profile if profile.identity == calibration.identity else None
+
+
+def check_replaceable(output: Path) -> None:
+    """See that no other file than a profile is in the way.
+
+    Raises:
+        OptionError: one is.
+    """
+    try:
+        if output.exists():
+            read_profile(output)
+    except ProfileError as error:
+        raise OptionError(f"-o {output}: {error}; remove it, or give another -o FILE") from None
 
 
 def default_output(calibration: Calibration) -> Path:
@@ -170,39 +181,24 @@ def default_output(calibration: Calibration) -> Path:
             "-o: needed with this --load-format, whose weights have no fingerprint by which a "
             "server could find the profile; give a FILE, and the server --orthorank-profile FILE"
         )
-    method = calibration.method
     return cached_path(
         cache_root(),
         calibration.model["config_sha256"],
         calibration.weights,
-        method.keep,
-        method.window,
+        calibration.method.window,
+        calibration.method.tail,
     )
-
-
-def write(profile: Profile, path: Path) -> None:
-    """Write a profile whole or not at all.
-
-    Raises:
-        OptionError: the disk is full, say; what was there is untouched.
-    """
-    try:
-        profile.write(path)
-    except OSError as error:
-        raise OptionError(f"-o {path}: it cannot be written ({error.strerror})") from None
 
 
 def table(profile: Profile) -> str:
-    """The order, with the loss and the perplexity after each layer, for a terminal."""
-    import math
-
-    lines = [f"{'layer':>5}  {'ratio':>5}  {'loss':>7}  {'perplexity':>10}"]
-    assert profile.dense_loss is not None
-    lines.append(
-        f"{'dense':>5}  {0:5.3f}  {profile.dense_loss:7.4f}  {math.exp(profile.dense_loss):10.2f}"
-    )
-    share = Method(keep=profile.keep).saved_per_layer / profile.model["num_hidden_layers"]
-    for step, (layer, loss) in enumerate(zip(profile.order, profile.losses, strict=True), start=1):
-        if loss is not None:
-            lines.append(f"{layer:5}  {step * share:5.3f}  {loss:7.4f}  {math.exp(loss):10.2f}")
+    """The entries, and what answers lose with each and those before it, for a terminal."""
+    lines = [f"{'layer':>5}  {'keep':>5}  {'ratio':>5}  expected loss, on held-back text"]
+    for entry, ratio in zip(profile.entries, profile.ratios, strict=True):
+        cost = entry.held_back or entry.cost
+        told = "" if cost is None else describe(cost)
+        lines.append(f"{entry.layer:5}  {entry.keep:5.3g}  {ratio:5.3f}  {told}")
     return "\n".join(lines)
+
+
+def _unwritable(path: Path, error: OSError) -> OptionError:
+    return OptionError(f"-o {path}: it cannot be written ({error.strerror})")

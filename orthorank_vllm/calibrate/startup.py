@@ -5,7 +5,6 @@ process decides for all ranks, and a calibration's profile is kept for later sta
 """
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orthorank_vllm.calibrate.calibration import DEFAULT_TOKENS, Calibration
-from orthorank_vllm.calibrate.greedy import NothingToTell, OutOfTime, choose_within
-from orthorank_vllm.calibrate.text import built_in_text
+from orthorank_vllm.calibrate.calibration import Calibration, Course, measurements_of
+from orthorank_vllm.calibrate.search import NothingToTell
+from orthorank_vllm.calibrate.text import built_in_text, held_back_text
 from orthorank_vllm.compat import cache_root
 from orthorank_vllm.config import CALIBRATION_OFF, OrthoRankConfig
 from orthorank_vllm.model.fingerprint import loads_weights
 from orthorank_vllm.offline import worker_calls
-from orthorank_vllm.offline.workers import Workers, WorkersTrial, tokenizer_of
+from orthorank_vllm.offline.workers import Workers, tokenizer_of
+from orthorank_vllm.options import OptionError
 from orthorank_vllm.profiles import (
     Profile,
     cached_path,
@@ -32,15 +32,14 @@ from orthorank_vllm.selection.method import Method
 
 logger = logging.getLogger("vllm.orthorank")
 
-LENGTH = 256
 # Another calibration started within the same time may end a little later.
 LOCK_GRACE = 15.0
-# Of the time: the first step tries every layer, the others only the cheapest.
-FIRST_STEP_SHARE = 0.4
+# Where the ratio is to be found by the loss: more than this no model has been seen to bear.
+MOST_BY_ITSELF = 0.5
 
 
-class _Unmeasured(Exception):
-    """A calibration that gives no profile; its arguments are the reason and the remedy."""
+class _OutOfTime(Exception):
+    """The time for this start is over."""
 
 
 def choose_layers(executor: Any, vllm_config: Any) -> None:
@@ -92,36 +91,26 @@ def _chosen(
 ) -> OrthoRankConfig:
     root = cache_root()
     model = model_identity(model_config.hf_text_config)
-    rule = config.keep, config.window
+    rule = config.window, config.tail
     path = None
     if weights is not None:
         path = cached_path(root, model["config_sha256"], weights, *rule)
     with _alone(path, deadline):
         known = find_profile(model, weights, *rule, root)
-        if known is not None and len(known.order) >= config.to_choose:
+        if known is not None and config.entries_needed(known) is not None:
             return config.with_profile(known)
         if not config.calibrate_seconds:
-            return config.evenly_spaced(*CALIBRATION_OFF)
+            return config.unmeasured(*CALIBRATION_OFF)
         what = "this model"
         if kept_profiles(root, model["config_sha256"], *rule):
-            what = "these weights (what is kept is of others, or ranks too few layers)"
+            what = "these weights (what is kept is of others, or reaches a lower ratio)"
         logger.info(
-            "OrthoRank has no profile of %s and chooses %d of %d layers by measurement, in at most "
+            "OrthoRank has no profile of %s and chooses its layers by measurement, in at most "
             "%.3g s (--orthorank-calibrate-seconds).",
             what,
-            config.to_choose,
-            config.num_layers,
             config.calibrate_seconds,
         )
-        if known is not None and known.weights != weights:
-            known = None
-        try:
-            profile = _calibrated(workers, model_config, config, weights, known, deadline)
-        except _Unmeasured as unmeasured:
-            reason, remedy = unmeasured.args
-            return config.evenly_spaced(reason, remedy)
-        kept = _store(profile, path)
-    return config.with_layers(profile.order, f"calibration at start-up, {kept}")
+        return _calibrated(workers, model_config, config, weights, path, deadline)
 
 
 def _calibrated(
@@ -129,79 +118,90 @@ def _calibrated(
     model_config: Any,
     config: OrthoRankConfig,
     weights: str | None,
-    known: Profile | None,
+    path: Path | None,
     deadline: float,
-) -> Profile:
-    """Choose a model's layers by measurement until a deadline.
-
-    Raises:
-        _Unmeasured: the time does not suffice, or the losses tell nothing.
-    """
+) -> OrthoRankConfig:
+    """Choose a model's layers by measurement, as far as the time goes."""
     if model_config.skip_tokenizer_init:
-        raise _Unmeasured(
+        return config.dense(
             "there is no tokenizer to measure on text with",
             "give --orthorank-profile or --orthorank-layers, or let vLLM load the tokenizer",
         )
     start = time.monotonic()
-    encode = tokenizer_of(model_config).encode
-    method = Method(keep=config.keep, window=config.window)
-    text = built_in_text()
-
-    def calibration_of(tokens: int) -> Calibration:
-        return Calibration.of(model_config, encode, text, method, tokens, LENGTH)
-
-    # What one pass costs, for as many tokens as the time allows; the first pass is slower.
-    probe = WorkersTrial(workers, calibration_of(LENGTH).texts, method)
-    for _ in range(2):
-        before = time.monotonic()
-        probe.start_step(())
-        probe.loss_with(None)
-    probed = time.monotonic()
-    per_token = (probed - before) / LENGTH
-    first_step = FIRST_STEP_SHARE * (deadline - time.monotonic())
-    # A trial begins at its layer: half a pass on average, and the logits.
-    affordable = int(first_step / (0.6 * config.num_layers * per_token))
-    tokens = max(LENGTH, min(DEFAULT_TOKENS, affordable // LENGTH * LENGTH))
-
-    calibration = replace(calibration_of(tokens), weights=weights)
-    choice = calibration.new_choice()
-    if known is not None:
-        # Its losses are of other text: only its order is taken over.
-        choice.order = list(known.order)
-        choice.losses = [None] * len(known.order)
+    method = Method(window=config.window, tail=config.tail)
+    text, held_back = built_in_text(), held_back_text()
     try:
-        trial = WorkersTrial(workers, calibration.texts, method)
-        choose_within(trial, choice, config.to_choose, deadline - time.monotonic())
-    except OutOfTime:
-        raise _out_of_time(config, probed - start, per_token * LENGTH) from None
+        calibration = Calibration.of(
+            model_config, tokenizer_of(model_config), text, held_back, method
+        )
+    except OptionError as error:
+        return config.dense(str(error), "give --orthorank-profile or --orthorank-layers")
+    calibration = replace(calibration, weights=weights)
+
+    def is_time() -> None:
+        if time.monotonic() > deadline:
+            raise _OutOfTime
+
+    def warn(error: OSError) -> None:
+        logger.warning("OrthoRank could not keep what it measures (%s).", error.strerror)
+
+    def tell() -> None:
+        logger.info(
+            "OrthoRank calibrates: ratio %.3f of %.3g, %.0f s.",
+            search.ratio,
+            target,
+            time.monotonic() - start,
+        )
+
+    target = MOST_BY_ITSELF if config.ratio_asked is None else _target(config)
+    measurements = None if path is None else measurements_of(path)
+    course = Course(calibration, workers, measurements, before_trial=is_time, on_unkept=warn)
+    search = course.search(tell)
+    try:
+        search.run(target, calibration.chance)
+        course.keep()
+    except _OutOfTime:
+        return _cut(course, config, calibration.profile_of(search.entries))
     except NothingToTell as error:
-        raise _Unmeasured(
+        return config.dense(
             str(error),
             "look at the model's weights and tokenizer, or measure on text like yours with "
             "`orthorank calibrate --data`",
-        ) from None
+        )
     finally:
         workers.call(worker_calls.forget_texts)
+    profile = calibration.profile_of(search.entries, search.alone)
     logger.info(
-        "OrthoRank chose its layers in %.0f s, on %d tokens with %d trials.",
+        "OrthoRank chose its layers in %.0f s, with %d trials.",
         time.monotonic() - start,
-        tokens,
-        choice.trials,
+        course.trials,
     )
-    return calibration.profile(choice)
+    return config.with_profile(profile, f"calibration at start-up, {_store(profile, path)}")
 
 
-def _out_of_time(
-    config: OrthoRankConfig, seconds_before: float, seconds_a_pass: float
-) -> _Unmeasured:
-    # The dense pass, and one from each layer on with its logits: at most a whole one.
-    needed = math.ceil(seconds_before + seconds_a_pass * (1 + config.num_layers))
-    return _Unmeasured(
-        f"{config.calibrate_seconds:.3g} s were too few",
-        f"a pass over {LENGTH} tokens takes {seconds_a_pass:.2g} s, so give "
-        f"--orthorank-calibrate-seconds {needed} or more, measure once with `orthorank calibrate`, "
-        "or give --orthorank-layers",
+def _target(config: OrthoRankConfig) -> float:
+    """The ratio to search up to: with a keep given by hand every entry saves as much."""
+    assert config.ratio_asked is not None
+    return (
+        config.ratio_asked
+        if config.keep is None
+        else min(config.ratio_asked / (1 - config.keep), 1)
     )
+
+
+def _cut(course: Course, config: OrthoRankConfig, profile: Profile) -> OrthoRankConfig:
+    """Serve what was found until the time was over."""
+    course.keep()
+    going_on = "nothing could be kept" if course.path is None else "a later start goes on"
+    reason = f"{config.calibrate_seconds:.3g} s of calibration were too few, {going_on}"
+    remedy = (
+        "start again, give more --orthorank-calibrate-seconds, or measure once with `orthorank "
+        "calibrate`"
+    )
+    if not profile.entries:
+        return config.dense(reason, remedy)
+    found = config.with_profile(profile, f"an unfinished calibration: {reason}")
+    return replace(found, remedy=remedy)
 
 
 def _store(profile: Profile, path: Path | None) -> str:

@@ -29,34 +29,13 @@ def rule_of(arguments: argparse.Namespace) -> Method:
     )
 
 
-def add_breadth_argument(group: Any) -> None:
-    """Add `--breadth`."""
-    group.add_argument(
-        "--breadth",
-        help="When layers are chosen, those to try in each step after the first: the ones that "
-        "cost least at their last try (default: all; 8 is much faster and seldom chooses "
-        "otherwise).",
-    )
-
-
-def breadth_of(arguments: argparse.Namespace) -> int | None:
-    """How many layers a step tries; None for all.
-
-    Raises:
-        OptionError: it cannot be.
-    """
-    if not arguments.breadth:
-        return None
-    return parse_count("--breadth", arguments.breadth, least=1)
-
-
 def parse_count(name: str, value: object, least: int) -> int:
     """A whole number that is not below the least.
 
     Raises:
         OptionError: not a whole number, or too small.
     """
-    number = int(str(value)) if str(value).isdecimal() else 0
+    number = int(str(value)) if str(value).isdecimal() else least - 1
     if number < least:
         raise OptionError(name, value, f"give a whole number from {least}")
     return number

@@ -8,17 +8,12 @@ from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from orthorank_vllm import __version__
 from orthorank_vllm.doctor.check import Check, failed, ok, warning
-from orthorank_vllm.metrics.status import EngineStatus, engines_of, is_up
+from orthorank_vllm.doctor.engine import checks_of, requests_of
+from orthorank_vllm.metrics.status import engines_of, is_up
 from orthorank_vllm.options import OptionError
 
 TIMEOUT = 10.0
-# Of the configured ratio: what rounding up in windows of 128 costs is a few percent.
-FAR_FROM_CONFIGURED = 0.2
-# So few say nothing.
-LEAST_SINKS = 20
-MANY_MISSES = 0.05
 
 
 class Client:
@@ -99,7 +94,8 @@ def checks(client: Client) -> Iterator[Check]:
         )
         return
     for engine in engines:
-        yield from _engine(engine, is_only_one=len(engines) == 1)
+        of = "" if len(engines) == 1 else f" (engine {engine.engine})"
+        yield from checks_of(engine, requests_of(families, engine), of)
     yield _endpoint(endpoint, told)
 
 
@@ -116,62 +112,6 @@ def _mend_of_metrics(status: int) -> str:
     if status < 500:
         return "Give the URL of vLLM's own server, and --api-key if what stands before it wants one"
     return "Look at the server's log; if PROMETHEUS_MULTIPROC_DIR is set, empty it and start again"
-
-
-def _engine(engine: EngineStatus, is_only_one: bool) -> Iterator[Check]:
-    of = "" if is_only_one else f" (engine {engine.engine})"
-    what = f"OrthoRank{of}"
-    if not engine.active:
-        yield failed(what, f"not active for {engine.model_name}", "Look at the server's log")
-        return
-    yield ok(what, f"active for {engine.model_name}, orthorank-vllm {engine.version}")
-    if engine.version != __version__:
-        yield warning(
-            f"version{of}",
-            f"the server has {engine.version}, this command {__version__}",
-            "Use the same",
-        )
-    yield _layers(f"layers{of}", engine)
-    yield _ratio(f"ratio{of}", engine)
-    yield _sinks(f"sinks{of}", engine)
-
-
-def _layers(what: str, engine: EngineStatus) -> Check:
-    layers = ",".join(map(str, engine.layers))
-    found = f"{len(engine.layers)} of {len(engine.by_layer)} selective [{layers}]"
-    if not engine.is_measured:
-        return failed(
-            what,
-            f"{found}, guessed: {engine.chosen_by}",
-            "Do what the server's log says after `OrthoRank guessed its layers`, or measure them "
-            "with `orthorank calibrate` and start anew: guessed layers cost quality",
-        )
-    return ok(what, f"{found}, chosen by {engine.chosen_by}")
-
-
-def _ratio(what: str, engine: EngineStatus) -> Check:
-    configured = engine.ratio_configured or 0.0
-    asked = "none" if engine.ratio_asked is None else f"{engine.ratio_asked:.3f}"
-    found = f"asked {asked}, configured {configured:.3f}, reached "
-    if engine.ratio_reached is None:
-        return ok(what, f"{found}nothing yet: no prompt was served")
-    found += f"{engine.ratio_reached:.3f} in {engine.prefill_tokens} prompt tokens"
-    if engine.ratio_reached < (1 - FAR_FROM_CONFIGURED) * configured:
-        # What prompts there are is not the server's fault, and they are served right.
-        found += ": prompts, or their chunks, are short, and OrthoRank is for long ones"
-    return ok(what, found)
-
-
-def _sinks(what: str, engine: EngineStatus) -> Check:
-    needed = engine.sink_hits + engine.sink_misses
-    found = f"{engine.sink_misses} of {needed} states that a step lacked were recomputed"
-    if needed >= LEAST_SINKS and engine.sink_misses > MANY_MISSES * needed:
-        return warning(
-            what,
-            found,
-            "Prompts begin with more different tokens than the table holds: raise --max-num-seqs",
-        )
-    return ok(what, found)
 
 
 def _endpoint(status: int, told: str) -> Check:

@@ -24,8 +24,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         return
     group = parser.add_argument_group(
         title="OrthoRank",
-        description="Sparse prefill: in some layers only the prompt tokens most orthogonal to "
-        "the first token are computed. Decode is not changed.",
+        description="Sparse prefill: in some layers only some of a prompt's tokens are computed, "
+        "those most orthogonal to the first one, and its last ones. Decode is not changed.",
     )
 
     for option in OFFLINE.values():

@@ -1,42 +1,36 @@
 """Measure what OrthoRank costs a model in quality, beside what saves as much.
 
-Perplexity of a text and accuracy on tasks, dense and at each ratio, as a table, JSON and a report.
+What answers lose on four kinds of text, then the perplexity of a text and accuracy on tasks: dense
+and at each ratio, as tables, JSON and a report.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from orthorank_vllm.calibrate.calibration import (
-    DEFAULT_LENGTH,
-    DEFAULT_TOKENS,
-    Calibration,
-    found_so_far,
-)
-from orthorank_vllm.calibrate.command import default_output, measure
-from orthorank_vllm.calibrate.greedy import Choice
-from orthorank_vllm.compat import cache_root
-from orthorank_vllm.config import selective_count
+from orthorank_vllm import __version__
+from orthorank_vllm.calibrate.text import CHARACTERS_PER_TOKEN, held_back_text
+from orthorank_vllm.config import ratio_of
 from orthorank_vllm.evaluate.args import EvaluateArgs, add_arguments
-from orthorank_vllm.evaluate.methods import method_named
-from orthorank_vllm.evaluate.report import render
-from orthorank_vllm.evaluate.results import DENSE, Results, Run, plan_runs
-from orthorank_vllm.files import write_output
-from orthorank_vllm.options import OptionError
-from orthorank_vllm.profiles import (
-    Profile,
-    ProfileError,
-    kept_profiles,
-    model_identity,
-    read_profile,
-    read_profile_of,
-    shipped_profile,
-    shipped_profiles,
+from orthorank_vllm.evaluate.layers import (
+    check_layers,
+    check_weights,
+    layers_at,
+    profile_to_test,
 )
+from orthorank_vllm.evaluate.methods import Prune, method_named
+from orthorank_vllm.evaluate.report import render
+from orthorank_vllm.evaluate.results import Results
+from orthorank_vllm.evaluate.runs import DENSE, Layers, Run, plan_runs, repeats_the_rule
+from orthorank_vllm.evaluate.tables import tables
+from orthorank_vllm.files import write_output
+from orthorank_vllm.profiles import Profile, model_identity
 from orthorank_vllm.selection.method import Method
 
 HEAT_MAP_TOKENS = 512
@@ -51,173 +45,196 @@ def run(arguments: argparse.Namespace) -> int:
         OptionError: see the options.
     """
     from orthorank_vllm.evaluate.perplexity import cut
+    from orthorank_vllm.evaluate.served import measure_served, samples_of
     from orthorank_vllm.offline import worker_calls
-    from orthorank_vllm.offline.workers import (
-        WorkersTrial,
-        loaded_workers,
-        measuring_config,
-        tokenizer_of,
-    )
+    from orthorank_vllm.offline.workers import loaded_workers, measuring_config, tokenizer_of
 
     args = EvaluateArgs.of(arguments)
     vllm_config = measuring_config(arguments)
     model_config = vllm_config.model_config
-    encode = tokenizer_of(model_config).encode
-    segments = cut(args.text, encode(args.text.content), args.length)
-    profile = _profile(arguments.profile, model_identity(model_config.hf_text_config), args.method)
-    if profile.data is not None and profile.data["sha256"] == args.text.sha256:
-        raise OptionError(
-            f"--data {arguments.data}: the profile {profile.name} was chosen on it; a choice must "
-            "not be tested on what it was made on"
-        )
-    pruning = _pruning(args, profile, model_config, encode)
-    results = Results.load(
-        args.folder / "results.json", pruning.name, _identity(args, pruning, len(segments))
+    args.check_lengths(int(model_config.max_model_len))
+    model = model_identity(model_config.hf_text_config)
+    profile = None
+    if args.layers is None:
+        profile = profile_to_test(arguments.profile, model, args.rule, args.text)
+    chosen = _chosen(args, profile, int(model["num_hidden_layers"]))
+    tokenizer = tokenizer_of(model_config)
+    samples = samples_of(
+        args.text, tokenizer, args.prompt_lens, args.answer_len, args.samples, args.look_ups
     )
-    results.versions = pruning.profile(Choice(pruning.num_layers)).versions
-    results.profiles["orthorank"] = profile
+    segments = []
+    if args.length:
+        segments = cut(args.text, tokenizer.encode(args.text.content), args.length)
+    name = Path(str(model_config.model)).name
+    identity = _identity(args, model, model_config, len(segments))
+    results = Results.load(args.folder / "results.json", name, identity)
+    results.versions = {"orthorank-vllm": __version__}
+    results.versions |= {package: version(package) for package in ("vllm", "torch")}
 
     with loaded_workers(vllm_config) as workers:
-        pruning = replace(pruning, weights=workers.call(worker_calls.fingerprint))
-        _check_weights(profile, pruning, arguments.profile)
-        if "prune" in args.methods and any(args.ratios):
-            count = selective_count("--ratios", max(args.ratios), 0, pruning.num_layers)
-            trial = WorkersTrial(workers, pruning.texts, pruning.method)
-            results.profiles["prune"] = _pruned(trial, pruning, count, args)
-        runs = plan_runs(args.methods, args.ratios, results.profiles, args.method)
+        weights = workers.call(worker_calls.fingerprint)
+        results.check({"weights": weights})
+        if profile is not None:
+            results.profiles[Method.name] = profile
+            check_weights(profile, model, weights, args.rule, arguments.profile is not None)
+        if Prune.name in args.methods and chosen:
+            most = max(chosen)
+            results.profiles[Prune.name] = _pruned(
+                workers, model_config, tokenizer, weights, most, args
+            )
+        runs = plan_runs(
+            args.methods,
+            0 in args.ratios,
+            chosen,
+            _of_pruning(args, chosen, results),
+            int(model["num_hidden_layers"]),
+        )
         if not results.cosines:
-            head = segments[0][:HEAT_MAP_TOKENS]
+            beginning = args.text.content[: HEAT_MAP_TOKENS * CHARACTERS_PER_TOKEN]
+            head = tokenizer.encode(beginning)[:HEAT_MAP_TOKENS]
             results.cosines = workers.call(worker_calls.cosines_to_sink, head)
-
-        shown: list[Run] = []
-        for number, planned in enumerate(runs, start=1):
-            found = results.measured(planned)
-            if found is None:
-                label = f"{planned.label} ({number} of {len(runs)})"
-                try:
-                    found = _measure(workers, planned, label, segments, args, model_config)
-                except KeyboardInterrupt:
-                    print(
-                        f"\nstopped; {len(shown)} of {len(runs)} are kept in {results.path}: run "
-                        "the same command again to go on",
-                        file=sys.stderr,
-                    )
-                    raise
-                results.add(found)
-            shown.append(found)
+        try:
+            measure_served(workers, runs, samples, args.rule, results)
+            _measure_texts(workers, runs, segments, args, results)
+            _measure_tasks(workers, runs, args, results, model_config)
+        except KeyboardInterrupt:
+            print(
+                f"\nstopped; what was measured is kept in {results.path}: run the same command "
+                "again to go on",
+                file=sys.stderr,
+            )
+            raise
     results.write()
-    write_output(args.folder / "report.html", render(results, shown))
-    print(results.table(shown))
+    shown = [results.of(planned) for planned in runs]
+    write_output(args.folder / "report.html", render(results, shown, args.prompt_lens))
+    print(tables(results, shown, args.prompt_lens))
     print(f"wrote {args.folder / 'results.json'} and {args.folder / 'report.html'}")
     return 0
 
 
-def _measure(
-    workers: Any,
-    planned: Run,
-    label: str,
-    segments: Sequence[Sequence[int]],
-    args: EvaluateArgs,
-    model_config: Any,
-) -> Run:
-    """Perplexity, and accuracy by task, with a bar for each."""
-    from orthorank_vllm.evaluate.perplexity import Scorer, perplexity
-    from orthorank_vllm.offline.workers import tokenizer_of
-
-    is_dense = planned.method == DENSE
-    method = args.method if is_dense else method_named(planned.method, args.method)
-    with tqdm(desc=f"{label}: text", total=len(segments), unit="segments") as bar:
-        scorer = Scorer(workers, planned.layers, method, bar.update)
-        run = replace(planned, perplexity=perplexity(scorer, segments))
-    if not args.tasks:
-        return run
-    from orthorank_vllm.evaluate.tasks import accuracies
-
-    tokenizer, max_length = tokenizer_of(model_config), int(model_config.max_model_len)
-    with tqdm(desc=f"{label}: tasks", unit="answers") as bar:
-        scorer = replace(scorer, on_texts=bar.update)
-        return replace(run, tasks=accuracies(scorer, args.tasks, tokenizer, max_length, args.limit))
-
-
-def _identity(args: EvaluateArgs, calibration: Calibration, segments: int) -> dict[str, Any]:
-    return {
-        "model": calibration.model,
-        "dtype": calibration.dtype,
-        "keep": args.method.keep,
-        "window": args.method.window,
-        "data": {
-            "name": args.text.name,
-            "sha256": args.text.sha256,
-            "length": args.length,
-            "segments": segments,
+def _identity(
+    args: EvaluateArgs, model: dict[str, Any], model_config: Any, segments: int
+) -> dict[str, Any]:
+    """What has to be the same; what is left out today may be measured tomorrow."""
+    identity = {
+        "model": model,
+        "dtype": str(model_config.dtype).removeprefix("torch."),
+        "window": args.rule.window,
+        "tail": args.rule.tail,
+        "data": {"name": args.text.name, "sha256": args.text.sha256},
+        "answers": {
+            "length": args.answer_len,
+            "samples": args.samples,
+            "look_ups": args.look_ups,
         },
         "tasks": {task.name: task.sha256 for task in args.tasks},
         "limit": args.limit,
     }
+    if segments:
+        identity["segments"] = {"length": args.length, "count": segments}
+    return identity
 
 
-def _profile(path: str | None, model: dict[str, Any], method: Method) -> Profile:
-    """The profile to evaluate: the given one, or else this machine's or the shipped one.
-
-    Raises:
-        OptionError: it cannot be used, or there is none.
-    """
-    if path is not None:
-        try:
-            return read_profile_of(model, path)
-        except ProfileError as error:
-            raise OptionError(f"--profile {path}: {error}") from None
-    kept = kept_profiles(cache_root(), model["config_sha256"], method.keep, method.window)
-    try:
-        found = read_profile(kept[0]) if kept else shipped_profile(model)
-    except ProfileError:
-        found = shipped_profile(model)
-    if found is None:
-        raise OptionError(
-            "--profile: none is known for this model; run `orthorank calibrate` first, or give one"
-        )
-    return found
+def _chosen(args: EvaluateArgs, profile: Profile | None, num_layers: int) -> dict[float, Layers]:
+    """The layers by ratio: the profile's, or those given by hand; says what would repeat them."""
+    if profile is not None:
+        ratios = [ratio for ratio in args.ratios if ratio]
+        chosen = {ratio: layers_at(profile, ratio, args.keep, args.rule) for ratio in ratios}
+    else:
+        assert args.layers is not None
+        check_layers(args.layers, num_layers)
+        chosen = {ratio_of(args.layers, num_layers): args.layers}
+    for method in args.methods:
+        repeats = [ratio for ratio, layers in chosen.items() if repeats_the_rule(method, layers)]
+        if repeats:
+            print(
+                f"note: {method} is left out at {', '.join(f'{ratio:.3g}' for ratio in repeats)}: "
+                "where every keep is 0 no tokens are chosen, and it is the rule again; --keep "
+                "gives another",
+                file=sys.stderr,
+            )
+    return chosen
 
 
-def _check_weights(profile: Profile, calibration: Calibration, path: str | None) -> None:
-    """Look whether a server would take the profile, now that the weights are loaded.
+def _pruned(
+    workers: Any,
+    model_config: Any,
+    tokenizer: Any,
+    weights: str | None,
+    max_ratio: float,
+    args: EvaluateArgs,
+) -> Profile:
+    """The order in which whole layers are left out: its own search, kept in the folder."""
+    from orthorank_vllm.calibrate.calibration import Calibration
+    from orthorank_vllm.calibrate.command import known_profile, measure
 
-    Raises:
-        OptionError: it would take another profile, as this one is kept for other weights.
-    """
-    if calibration.weights is None or profile.weights in (None, calibration.weights):
-        return
-    told = f"the profile {profile.name} was measured on other weights of this shape"
-    if path is not None or profile in shipped_profiles():
-        print(f"note: {told}", file=sys.stderr)
-        return
-    own = default_output(calibration)
-    give = f"give --profile {own}" if own.exists() else "run `orthorank calibrate` on these"
-    raise OptionError(f"--profile: {told}, and a server would not take it; {give}")
-
-
-def _pruning(
-    args: EvaluateArgs, profile: Profile, model_config: Any, tokenize: Callable[[str], list[int]]
-) -> Calibration:
-    """Pruning measured as the profile was: on the same text, and on as many tokens of it."""
-    tokens, length = DEFAULT_TOKENS, DEFAULT_LENGTH
-    if profile.data is not None and profile.data["sha256"] == args.calibration.sha256:
-        tokens, length = profile.data["tokens"], profile.data["length"]
-    elif "prune" in args.methods:
-        print(
-            f"note: the layers to prune are chosen on {args.calibration.name}, and the profile "
-            "was on another text; --calibration-data gives both the same",
-            file=sys.stderr,
-        )
-    method = method_named("prune", args.method)
-    return Calibration.of(model_config, tokenize, args.calibration, method, tokens, length)
-
-
-def _pruned(trial: Any, calibration: Calibration, count: int, args: EvaluateArgs) -> Profile:
-    """The greedy choice of whole layers to leave out; kept in the folder."""
+    calibration = Calibration.of(
+        model_config,
+        tokenizer,
+        args.calibration,
+        held_back_text(),
+        method_named(Prune.name, args.rule),
+    )
+    calibration = replace(calibration, weights=weights)
     output = args.folder / "prune.json"
-    choice = found_so_far(calibration, output)
-    if len(choice.order) >= count:
-        return calibration.profile(choice)
-    print("choosing the layers to prune", file=sys.stderr)
-    return measure(trial, calibration, choice, count, output, args.breadth)
+    known = known_profile(calibration, output)
+    if known is not None and max(known.ratios, default=0.0) > max_ratio - 1e-9:
+        return known
+    print("choosing the layers to prune, as `orthorank calibrate` chooses", file=sys.stderr)
+    return measure(workers, calibration, max_ratio, output)
+
+
+def _of_pruning(
+    args: EvaluateArgs, chosen: dict[float, Layers], results: Results
+) -> dict[float, Layers]:
+    if Prune.name not in results.profiles:
+        return {}
+    order = results.profiles[Prune.name]
+    return {ratio: layers_at(order, ratio, None, args.rule) for ratio in chosen}
+
+
+def _measure_texts(
+    workers: Any,
+    runs: Sequence[Run],
+    segments: Sequence[Sequence[int]],
+    args: EvaluateArgs,
+    results: Results,
+) -> None:
+    """Perplexity of the whole text, as papers give it, with a bar for each run."""
+    from orthorank_vllm.evaluate.perplexity import Scorer, perplexity
+
+    for number, planned in enumerate(runs, start=1):
+        known = results.of(planned)
+        if segments and known.perplexity is None:
+            label = f"{planned.label} ({number} of {len(runs)}): text"
+            with tqdm(desc=label, total=len(segments), unit="segments") as bar:
+                method = _method(planned, args)
+                scorer = Scorer(workers, planned.chosen, method, False, bar.update)
+                results.add(replace(known, perplexity=perplexity(scorer, segments)))
+
+
+def _measure_tasks(
+    workers: Any, runs: Sequence[Run], args: EvaluateArgs, results: Results, model_config: Any
+) -> None:
+    """Accuracy by task, what is scored an answer, with a bar for each run."""
+    from orthorank_vllm.evaluate.perplexity import Scorer
+    from orthorank_vllm.offline.workers import tokenizer_of
+
+    if not args.tasks:
+        return
+    from orthorank_vllm.evaluate.tasks import accuracies
+
+    tokenizer, max_length = tokenizer_of(model_config), int(model_config.max_model_len)
+    for number, planned in enumerate(runs, start=1):
+        known = results.of(planned)
+        if not known.tasks:
+            label = f"{planned.label} ({number} of {len(runs)}): tasks"
+            with tqdm(desc=label, unit="answers") as bar:
+                method = _method(planned, args)
+                scorer = Scorer(workers, planned.chosen, method, True, bar.update)
+                found = accuracies(scorer, args.tasks, tokenizer, max_length, args.limit)
+                results.add(replace(known, tasks=found))
+
+
+def _method(planned: Run, args: EvaluateArgs) -> Method:
+    return args.rule if planned.method == DENSE else method_named(planned.method, args.rule)

@@ -63,5 +63,5 @@ METHODS = {method.name: method for method in (Method, Prune, Random, Normed, Ali
 
 
 def method_named(name: str, rule: Method) -> Method:
-    """One of `METHODS`, with the rule's keep, window and seed."""
-    return METHODS[name](keep=rule.keep, window=rule.window, seed=rule.seed)
+    """One of `METHODS`, with the rule's numbers."""
+    return METHODS[name](window=rule.window, tail=rule.tail, seed=rule.seed)

@@ -1,7 +1,7 @@
 """Log-probabilities of many texts, and of a whole one its perplexity, as papers give it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,15 @@ class Scorer:
     """A loaded model with a method of some layers.
 
     Attributes:
+        chosen: the keep of each chosen layer.
+        is_served: what is scored is an answer, and dense; else prompt.
         on_texts: called after each forward with the number of its texts.
     """
 
     workers: Workers
-    layers: tuple[int, ...]
+    chosen: Mapping[int, float]
     method: Method
+    is_served: bool
     on_texts: Callable[[int], Any]
 
     def __call__(
@@ -46,8 +49,9 @@ class Scorer:
                 worker_calls.score_texts,
                 [texts[index] for index in indices],
                 [first_scored[index] for index in indices],
-                self.layers,
+                self.chosen,
                 self.method,
+                self.is_served,
             )
             scores |= zip(indices, answers, strict=True)
             self.on_texts(len(indices))

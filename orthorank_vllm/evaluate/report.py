@@ -1,12 +1,34 @@
 """One HTML page with everything in it, plots as SVG: nothing is loaded from anywhere."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
+from typing import Any
 
-from orthorank_vllm.cli.charts import COLOURS, figure_of, svg_of
+from orthorank_vllm.config import describe
 from orthorank_vllm.evaluate.methods import METHODS
-from orthorank_vllm.evaluate.results import DENSE, Results, Run
-from orthorank_vllm.profiles import Profile
+from orthorank_vllm.evaluate.plots import (
+    LEAST_KL,
+    accuracy_bars,
+    cosine_map,
+    cost_alone,
+    cost_by_entry,
+    dense_of,
+    kl_against_ratio,
+    methods_of,
+    perplexity_against_ratio,
+)
+from orthorank_vllm.evaluate.results import Results
+from orthorank_vllm.evaluate.runs import Run
+from orthorank_vllm.evaluate.tables import (
+    PERPLEXITY,
+    SERVED_COLUMNS,
+    SERVED_NOTES,
+    kinds_of,
+    served_cells,
+    text_cells,
+    text_columns,
+)
+from orthorank_vllm.profiles import Cost, Profile
 
 STYLE = """
 :root { color-scheme: light; }
@@ -24,60 +46,33 @@ th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid #e3e
 th:first-child, td:first-child { text-align: left; }
 th { border-bottom: 2px solid #999; }
 tr.ours td { background: #eef5fb; }
+tr.kind th { padding-top: 1rem; border-bottom: 1px solid #999; }
 dt { font-weight: 600; }
 dd { margin: 0 0 .5rem; overflow-wrap: anywhere; }
 """.strip()
 
 
-def render(results: Results, runs: Sequence[Run]) -> str:
+def render(results: Results, runs: Sequence[Run], prompt_lens: Sequence[int]) -> str:
     """The page."""
-    data = results.identity["data"]
-    tasks = list(results.identity["tasks"])
     title = f"OrthoRank on {escape(results.name)}"
+    selective = max((run.layers for run in runs if run.method == "orthorank"), key=len, default=())
     parts = [
         f"<h1>{title}</h1>",
-        f'<p class="lead">{escape(_lead(runs))}</p>',
-        "<h2>Results</h2>",
-        _table(runs, tasks),
-        f'<p class="note">Perplexity of {escape(data["name"])}: {data["segments"]} '
-        f"segments of {data['length']} tokens. The ratio is the fraction of token-layer updates "
-        "that prefill saves, reached with whole layers.</p>",
-        "<h2>Perplexity against ratio</h2>",
-        _figure(
-            "perplexity",
-            perplexity_against_ratio(runs),
-            "Lower is better; the scale is logarithmic. "
-            + " ".join(f"{method}: {METHODS[method].description}." for method in _methods(runs)),
-        ),
-    ]
-    if tasks:
-        parts.append("<h2>Zero-shot accuracy</h2>")
-        parts += [
-            _figure(
-                f"task-{task}",
-                accuracy_bars(runs, task),
-                f"{task}: {runs[0].tasks[task]['questions']} questions, with standard errors.",
-            )
-            for task in tasks
-        ]
-    measured = {m: p for m, p in results.profiles.items() if p.dense_loss is not None}
-    if measured:
-        parts += [
-            "<h2>Calibration: loss after each greedy step</h2>",
-            _figure("steps", loss_by_step(measured), "Each point is named by its layer."),
-        ]
-    selective = max((run.layers for run in runs if run.method == "orthorank"), key=len, default=())
-    parts += [
+        f'<p class="lead">{escape(_lead(runs, prompt_lens))}</p>',
+        *_answers(results, runs, prompt_lens),
+        *_whole_text(results, runs),
+        *_tasks(results, runs),
+        *_calibration(results.profiles.get("orthorank")),
         "<h2>Alignment with the sink</h2>",
         _figure(
             "cosines",
-            cosine_map(results.cosines, selective),
+            cosine_map(results.cosines, sorted(layer for layer, _ in selective)),
             "|cos| between each token's residual stream and the first token's, in the dense "
             "model, on the beginning of the text. Dark: orthogonal, still moving. Marked layers "
             "are selective at the largest ratio.",
         ),
         "<h2>How it was measured</h2>",
-        _provenance(results),
+        _provenance(results, runs),
     ]
     head = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
@@ -87,45 +82,134 @@ def render(results: Results, runs: Sequence[Run]) -> str:
     return "\n".join([head, *parts, "</body></html>\n"])
 
 
-def _lead(runs: Sequence[Run]) -> str:
-    dense = _dense(runs)
+def _lead(runs: Sequence[Run], prompt_lens: Sequence[int]) -> str:
     ours = [run for run in runs if run.method == "orthorank"]
     if not ours:
         return "Only the dense model was measured."
     most = max(ours, key=lambda run: run.ratio)
-    text = f"At ratio {most.ratio:.3f} OrthoRank's perplexity is {most.perplexity:.2f}"
-    if dense is not None:
-        text += f"; the dense model's is {dense.perplexity:.2f}"
-    others = [run for run in runs if run.ratio_asked == most.ratio_asked and run != most]
-    if others:
-        listed = ", ".join(f"{run.method} {run.perplexity:.2f}" for run in others)
-        text += f". Asked for the same ratio: {listed}"
-    return text + "."
+    sentences = []
+    for length in prompt_lens:
+        losses = most.served.get(length)
+        if losses:
+            found = next((loss.found for loss in losses.values() if loss.found is not None), None)
+            cost = Cost({kind: losses[kind].kl for kind in kinds_of(runs, length)}, found)
+            sentences.append(
+                f"At ratio {most.ratio:.3f}, answers to prompts of {length} tokens are off the "
+                f"dense model's by {describe(cost)}."
+            )
+    if most.perplexity is not None:
+        dense = dense_of(runs)
+        beside = "" if dense is None else f"; the dense model's is {dense.perplexity:.2f}"
+        sentences.append(
+            f"The whole text's perplexity at ratio {most.ratio:.3f} is {most.perplexity:.2f}"
+            f"{beside}."
+        )
+    return " ".join(sentences)
 
 
-def _dense(runs: Sequence[Run]) -> Run | None:
-    return next((run for run in runs if run.method == DENSE), None)
+def _answers(results: Results, runs: Sequence[Run], prompt_lens: Sequence[int]) -> Iterator[str]:
+    """What a served answer loses: first, as it is what users read."""
+    for length in prompt_lens:
+        kinds = kinds_of(runs, length)
+        if not kinds:
+            continue
+        yield f"<h2>Answers to prompts of {length} tokens</h2>"
+        rows = []
+        for kind in kinds:
+            loss = next(loss for run in runs if (loss := run.loss(length, kind)) is not None)
+            title = f"{kind}: {loss.answers} answers, {loss.tokens} tokens"
+            span = len(SERVED_COLUMNS) + 2
+            rows.append(f'<tr class="kind"><th colspan="{span}">{title}</th></tr>')
+            rows += [_row(run, served_cells(run, length, kind)) for run in runs]
+        yield _table(SERVED_COLUMNS, rows)
+        told = "; ".join(SERVED_NOTES)
+        yield (
+            '<p class="note">The prompt is computed sparsely, the answer densely, as it is served: '
+            f"{escape(told)}. The ratio is the fraction of token-layer updates that "
+            "prefill saves, reached with whole layers.</p>"
+        )
+        if methods_of(runs):
+            yield _figure(
+                f"kl-{length}",
+                kl_against_ratio(runs, length),
+                "Lower is better; the scale is logarithmic and ends at "
+                f"{LEAST_KL:g}. " + _described(runs),
+            )
 
 
-def _methods(runs: Sequence[Run]) -> list[str]:
-    return list(dict.fromkeys(run.method for run in runs if run.method != DENSE))
+def _whole_text(results: Results, runs: Sequence[Run]) -> Iterator[str]:
+    """The paper's measure, and the tasks' figures beside it."""
+    columns = text_columns(runs, results.tasks)
+    if not columns:
+        return
+    yield "<h2>The whole text, and tasks</h2>" if results.tasks else "<h2>The whole text</h2>"
+    yield _table(columns, [_row(run, text_cells(run, columns)) for run in runs])
+    if PERPLEXITY in columns:
+        name = escape(results.identity["data"]["name"])
+        segments = results.identity["segments"]
+        yield (
+            f'<p class="note">Perplexity of {name}: {segments["count"]} segments of '
+            f"{segments['length']} tokens, all of which are prompt, as the paper measures: no "
+            "served answer is computed so.</p>"
+        )
+        yield _figure(
+            "perplexity",
+            perplexity_against_ratio(runs),
+            f"Lower is better; the scale is logarithmic. {_described(runs)}",
+        )
 
 
-def _table(runs: Sequence[Run], tasks: Sequence[str]) -> str:
-    header = "".join(f"<th>{escape(name)}</th>" for name in ("", "ratio", "perplexity", *tasks))
-    rows = []
-    for run in runs:
-        cells = [run.label, f"{run.ratio:.3f}", f"{run.perplexity:.2f}"]
-        cells += [_accuracy(run, task) for task in tasks]
-        ours = ' class="ours"' if run.method == "orthorank" else ""
-        rows.append(f"<tr{ours}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+def _tasks(results: Results, runs: Sequence[Run]) -> Iterator[str]:
+    if results.tasks:
+        yield "<h2>Zero-shot accuracy</h2>"
+    for task in results.tasks:
+        found = runs[0].tasks[task]
+        norm = [
+            f"{run.label} {run.tasks[task]['acc_norm']:.3f}"
+            for run in runs
+            if "acc_norm" in run.tasks[task]
+        ]
+        yield _figure(
+            f"task-{task}",
+            accuracy_bars(runs, task),
+            f"{task}: {found['questions']} questions, with standard errors. What is asked is the "
+            f"prompt, and its last {results.identity['tail']} tokens are computed in any case."
+            + (f" Normalised by length: {', '.join(norm)}." if norm else ""),
+        )
+
+
+def _calibration(profile: Profile | None) -> Iterator[str]:
+    if profile is None or not any(entry.cost or entry.held_back for entry in profile.entries):
+        return
+    yield "<h2>Calibration: what the profile expects</h2>"
+    yield _figure(
+        "entries",
+        cost_by_entry(profile),
+        "Each entry with all before it, named by its layer: on the text that it was chosen on, and "
+        "on text held back.",
+    )
+    if profile.alone:
+        yield _figure(
+            "alone",
+            cost_alone(profile),
+            "Each layer alone with keep 0, on few samples; the scale is logarithmic. Marked layers "
+            "are in the profile.",
+        )
+
+
+def _described(runs: Sequence[Run]) -> str:
+    return " ".join(f"{method}: {METHODS[method].description}." for method in methods_of(runs))
+
+
+def _row(run: Run, cells: Sequence[str]) -> str:
+    ours = ' class="ours"' if run.method == "orthorank" else ""
+    shown = [run.label, f"{run.ratio:.3f}", *cells]
+    return f"<tr{ours}>" + "".join(f"<td>{escape(cell)}</td>" for cell in shown) + "</tr>"
+
+
+def _table(columns: Sequence[str], rows: Sequence[str]) -> str:
+    header = "".join(f"<th>{escape(name)}</th>" for name in ("", "ratio", *columns))
     return f'<div class="wide"><table><tr>{header}</tr>{"".join(rows)}</table></div>'
-
-
-def _accuracy(run: Run, task: str) -> str:
-    found = run.tasks[task]
-    normalised = f"<br>norm. {found['acc_norm']:.3f}" if "acc_norm" in found else ""
-    return f"{found['acc']:.3f} ± {found['stderr']:.3f}{normalised}"
 
 
 def _figure(name: str, svg: str, caption: str) -> str:
@@ -135,122 +219,19 @@ def _figure(name: str, svg: str, caption: str) -> str:
     )
 
 
-def _provenance(results: Results) -> str:
+def _provenance(results: Results, runs: Sequence[Run]) -> str:
     identity = results.identity
-    entries = {
+    entries: dict[str, Any] = {
         "Model": f"{results.name}, {identity['dtype']}",
-        "Rule": f"keep {identity['keep']:.4g}, window {identity['window'] or 'whole prompt'}",
+        "Rule": f"window {identity['window'] or 'whole prompt'}, tail {identity['tail']}",
         "Test text": f"{identity['data']['name']}, SHA-256 {identity['data']['sha256']}",
-        **{
-            f"Layers of {method}": f"{', '.join(map(str, profile.order))}"
-            + (
-                f"; chosen on {profile.data['name']}, {profile.data['tokens']} tokens, "
-                f"SHA-256 {profile.data['sha256']}"
-                if profile.data
-                else ""
-            )
-            for method, profile in results.profiles.items()
-        },
-        "Versions": ", ".join(f"{name} {number}" for name, number in results.versions.items()),
+        **{f"Layers of {run.label}": ", ".join(map(str, run.layers)) for run in runs if run.layers},
     }
+    for method, profile in results.profiles.items():
+        for use, data in (profile.data or {}).items():
+            told = f"{profile.name}, {data['name']}, SHA-256 {data['sha256']}"
+            entries[f"Profile of {method}, {use.replace('_', ' ')}"] = told
+    numbers = results.versions.items()
+    entries["Versions"] = ", ".join(f"{name} {number}" for name, number in numbers)
     listed = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in entries.items())
     return f"<dl>{listed}</dl>"
-
-
-def perplexity_against_ratio(runs: Sequence[Run]) -> str:
-    """A line for each method, and the dense model's as a level."""
-    figure, axes = figure_of(7.2, 4.2)
-    dense = _dense(runs)
-    for method, colour in _colours(runs).items():
-        points = sorted(
-            (run.ratio, run.perplexity) for run in runs if run.method in (DENSE, method)
-        )
-        axes.plot(*zip(*points, strict=True), color=colour, marker="o", label=method)
-    if dense is not None:
-        axes.axhline(dense.perplexity, color="#666666", linestyle="--", linewidth=1, label=DENSE)
-    axes.set(xlabel="ratio: token-layer updates saved", ylabel="perplexity", yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set_xlim(left=0)
-    axes.legend(frameon=False)
-    return svg_of(figure)
-
-
-def accuracy_bars(runs: Sequence[Run], task: str) -> str:
-    """A bar for each run, by ratio, with its standard error; the dense model's as a level."""
-    figure, axes = figure_of(7.2, 3.2)
-    dense = _dense(runs)
-    colours = _colours(runs)
-    ratios = sorted({run.ratio_asked for run in runs if run.method != DENSE})
-    width = 0.8 / max(len(colours), 1)
-    for place, (method, colour) in enumerate(colours.items()):
-        of_method = [run for run in runs if run.method == method]
-        axes.bar(
-            [ratios.index(run.ratio_asked) + (place + 0.5) * width - 0.4 for run in of_method],
-            [run.tasks[task]["acc"] for run in of_method],
-            width * 0.92,
-            yerr=[run.tasks[task]["stderr"] for run in of_method],
-            error_kw={"ecolor": "#444444", "linewidth": 1},
-            color=colour,
-            label=method,
-        )
-    if dense is not None:
-        axes.axhline(
-            dense.tasks[task]["acc"], color="#666666", linestyle="--", linewidth=1, label=DENSE
-        )
-    axes.set_xticks(range(len(ratios)), [f"ratio {ratio:g}" for ratio in ratios])
-    axes.set(ylabel="accuracy", ylim=(0, None))
-    axes.grid(axis="x", visible=False)
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    return svg_of(figure)
-
-
-def loss_by_step(profiles: dict[str, Profile]) -> str:
-    """The calibration loss after each greedy step, against the ratio reached."""
-    figure, axes = figure_of(7.2, 3.6)
-    for (method, profile), colour in zip(profiles.items(), COLOURS, strict=False):
-        saved = METHODS[method](keep=profile.keep).saved_per_layer
-        share = saved / profile.model["num_hidden_layers"]
-        losses = enumerate((profile.dense_loss, *profile.losses))
-        points = [(step * share, loss) for step, loss in losses if loss is not None]
-        axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, label=method)
-        for (ratio, loss), layer in zip(points[1:], profile.order, strict=False):
-            axes.annotate(
-                str(layer),
-                (ratio, loss),
-                (0, 6),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-                color=colour,
-            )
-    axes.set(xlabel="ratio", ylabel="calibration loss (nats per token)")
-    axes.set_xlim(left=0)
-    axes.legend(frameon=False)
-    return svg_of(figure)
-
-
-def cosine_map(cosines: Sequence[Sequence[float]], selective: Sequence[int]) -> str:
-    """|cos| of each token to the sink, by layer and position; selective layers are marked."""
-    figure, axes = figure_of(7.2, 4.6)
-    image = axes.imshow(
-        cosines, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest"
-    )
-    axes.set(xlabel="position", ylabel="layer")
-    axes.grid(visible=False)
-    axes.plot(
-        [-0.012] * len(selective),
-        selective,
-        transform=axes.get_yaxis_transform(),
-        clip_on=False,
-        linestyle="none",
-        marker=">",
-        markersize=4,
-        color=COLOURS[1],
-    )
-    figure.colorbar(image, ax=axes, label="|cos| to the sink", pad=0.02)
-    return svg_of(figure)
-
-
-def _colours(runs: Sequence[Run]) -> dict[str, str]:
-    return dict(zip(_methods(runs), COLOURS, strict=False))

@@ -196,7 +196,7 @@ def _problem_of(record: Any) -> str | None:
 
 
 class ScoringLM(TemplateLM):
-    """Scores context and continuation as one prompt, as a server's `prompt_logprobs` would."""
+    """Scores a continuation as a served answer: dense, after its context as the prompt."""
 
     def __init__(self, scorer: Scorer, tokenizer: Any, max_length: int) -> None:
         super().__init__()

@@ -29,8 +29,10 @@ HELP = {
     UP: "1 if the counts of all workers could be read.",
     ACTIVE: "1 if the workers of this engine run OrthoRank.",
     CONFIG_INFO: "1; what is run stands in the labels.",
-    RATIO_ASKED: "The ratio that was asked for; absent where layers were given without one.",
-    RATIO_CONFIGURED: "The ratio that the selective layers make, before windows round up.",
+    RATIO_ASKED: "The ratio that was asked for; absent where layers were given without one, and "
+    "where it was to be found.",
+    RATIO_CONFIGURED: "The ratio that the selective layers make, on prompts so long that tails and "
+    "the rounding up in windows are nothing.",
     EXPECTED_LOSS: "What answers lose by the profile's measurement, in nats per token, by the kind "
     "of text; absent where it was not measured.",
     EXPECTED_FOUND: "Share of the numbers in a list in the prompt that is still found, by the "

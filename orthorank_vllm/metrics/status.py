@@ -7,6 +7,7 @@ from typing import Any
 from prometheus_client import Metric
 
 from orthorank_vllm.metrics import definitions
+from orthorank_vllm.options import LayerKeep
 
 
 @dataclass
@@ -37,8 +38,13 @@ class EngineStatus:
     """What one engine runs and has counted so far.
 
     Attributes:
-        ratio_asked: None if layers were given without a ratio.
-        is_measured: whether the layers were chosen by measurement, or by hand.
+        ratio_asked: None if layers were given without a ratio, or it was to be found.
+        layers: the selective ones in their order, and the keep of each.
+        is_measured: whether the layers were chosen by measurement, or by hand, and are all that
+            was asked for.
+        expected_loss: what answers lose, in nats a token, by the kind of text; empty where that
+            was not measured.
+        expected_found: share of look-ups that is still found, likewise.
     """
 
     model_name: str
@@ -47,11 +53,13 @@ class EngineStatus:
     version: str = ""
     ratio_asked: float | None = None
     ratio_configured: float | None = None
-    keep: float | None = None
     window: int | None = None
-    layers: list[int] = field(default_factory=list)
+    tail: int | None = None
+    layers: dict[int, float] = field(default_factory=dict)
     chosen_by: str = ""
     is_measured: bool = True
+    expected_loss: dict[str, float] = field(default_factory=dict)
+    expected_found: float | None = None
     prefill_tokens: int = 0
     token_updates: int = 0
     token_updates_skipped: int = 0
@@ -120,6 +128,7 @@ _COUNTS = {
 _AMOUNTS = {
     definitions.RATIO_ASKED: "ratio_asked",
     definitions.RATIO_CONFIGURED: "ratio_configured",
+    definitions.EXPECTED_FOUND: "expected_found",
     f"{definitions.FLOPS_SAVED}_total": "flops_saved",
 }
 # Samples with a path, and with a layer.
@@ -140,11 +149,13 @@ def _take(status: EngineStatus, name: str, labels: Mapping[str, str], value: flo
         status.active = value == 1
     elif name == definitions.CONFIG_INFO:
         status.version = labels["version"]
-        status.keep = float(labels["keep"])
         status.window = int(labels["window"])
-        status.layers = [int(layer) for layer in labels["layers"].split(",")]
+        status.tail = int(labels["tail"])
+        status.layers = _layers_in(labels["layers"])
         status.chosen_by = labels["chosen_by"]
         status.is_measured = labels.get("measured") != "false"
+    elif name == definitions.EXPECTED_LOSS:
+        status.expected_loss[labels["kind"]] = value
     elif name in _COUNTS:
         setattr(status, _COUNTS[name], int(value))
     elif name in _AMOUNTS:
@@ -156,3 +167,9 @@ def _take(status: EngineStatus, name: str, labels: Mapping[str, str], value: flo
     elif name in _OF_LAYER:
         layer = status.by_layer.setdefault(int(labels["layer"]), LayerStatus())
         setattr(layer, _OF_LAYER[name], int(value))
+
+
+def _layers_in(label: str) -> dict[int, float]:
+    """The layers in a label such as "29:0,12:0.25", which is empty where there are none."""
+    read = [LayerKeep.read(text) for text in label.split(",") if text]
+    return {layer: keep for layer, keep in read if keep is not None}

@@ -16,6 +16,8 @@ from orthorank_vllm.selection.method import Method
 
 # In one forward: enough to keep the processor busy, little enough to stay small.
 TOKENS_PER_FORWARD = 3072
+# Of the dense model, at so many depths: what is above the lowest chosen layer alone is computed.
+KEPT_STATES = 6
 
 
 class Answered(Protocol):
@@ -26,9 +28,14 @@ class Answered(Protocol):
         scored: spans [start, end) of tokens that count, each what is looked for as a whole.
     """
 
-    tokens: Sequence[int]
-    prompt_len: int
-    scored: Sequence[tuple[int, int]]
+    @property
+    def tokens(self) -> Sequence[int]: ...
+
+    @property
+    def prompt_len(self) -> int: ...
+
+    @property
+    def scored(self) -> Sequence[tuple[int, int]]: ...
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,8 @@ class DenseAnswers:
             keeps,
         )
         self._norm = causal_lm.model.norm
-        rows, targets = [], []
+        rows: list[int] = []
+        targets: list[int] = []
         for text, start in zip(texts, self.forward.texts.first_rows.tolist(), strict=True):
             for first, end in text.scored:
                 rows.extend(range(start + first - 1, start + end - 1))
@@ -87,8 +95,18 @@ class DenseAnswers:
         self._rows = torch.tensor(rows, device=device)
         self._targets = torch.tensor(targets, device=device)
         num_layers = len(causal_lm.model.layers)
-        dense = self.forward.through(self.forward.embed(), range(num_layers), {})
-        self._dense = self._normed(dense)
+        residual = self.forward.embed()
+        self._kept = {0: residual.clone()}
+        for layer in range(num_layers):
+            residual = self.forward.through(residual, [layer], {})
+            if (layer + 1) % -(-num_layers // KEPT_STATES) == 0:
+                self._kept[layer + 1] = residual.clone()
+        self._dense = self._normed(residual)
+
+    def below(self, layer: int) -> tuple[int, torch.Tensor]:
+        """The layer that comes next, not above `layer`, and the dense states that enter it."""
+        kept = max(index for index in self._kept if index <= layer)
+        return kept, self._kept[kept].clone()
 
     def losses_of_dense(self) -> list[AnswerLoss] | None:
         """Compare the dense model with itself; see `losses`."""
@@ -181,7 +199,7 @@ class ServedStep:
         self._groups = groups
         self._chosen = chosen
         self._num_layers = num_layers
-        self._below = [group.forward.embed() for group in groups]
+        self._below: list[torch.Tensor] = []
         self._next_layer = 0
 
     def losses_with(self, more: Mapping[int, float]) -> list[AnswerLoss] | None:
@@ -190,9 +208,11 @@ class ServedStep:
         Args:
             more: the keep of each; the lowest not below that of the call before.
         """
+        chosen = {**self._chosen, **more}
+        if not self._below:
+            self._start(min(chosen, default=self._num_layers))
         lowest = min(more, default=self._next_layer)
         assert lowest >= self._next_layer, "layers are tried in ascending order"
-        chosen = {**self._chosen, **more}
         passed, above = range(self._next_layer, lowest), range(lowest, self._num_layers)
         losses: list[AnswerLoss] = []
         is_told = True
@@ -204,6 +224,12 @@ class ServedStep:
             losses.extend(found or ())
         self._next_layer = lowest
         return losses if is_told else None
+
+    def _start(self, lowest: int) -> None:
+        """Begin with the dense model's states where they are kept, below `lowest`."""
+        for group in self._groups:
+            self._next_layer, residual = group.below(lowest)
+            self._below.append(residual)
 
 
 def groups_of(texts: Sequence[Answered]) -> list[list[Answered]]:

@@ -40,30 +40,30 @@ def _in_forward_context(function: Callable[..., _Answer]) -> Callable[..., _Answ
 
 @_in_forward_context
 def use_texts(
-    worker: Any, texts: Sequence[Answered], method: Method, keeps: Sequence[float]
+    worker: Any, name: str, texts: Sequence[Answered], method: Method, keeps: Sequence[float]
 ) -> list[AnswerLoss] | None:
     """Take these texts and this method for the steps to come.
 
     Args:
+        name: by which the steps call them.
         keeps: those that layers will be tried with.
 
     Returns:
         Each text's loss in the dense model: its likelihood, and what is found.
     """
     model = worker.get_model()
-    worker.orthorank_groups = [
-        DenseAnswers(model, group, method, keeps) for group in groups_of(texts)
-    ]
-    answers = [group.losses_of_dense() for group in worker.orthorank_groups]
+    groups = [DenseAnswers(model, group, method, keeps) for group in groups_of(texts)]
+    _kept(worker)[name] = groups
+    answers = [group.losses_of_dense() for group in groups]
     told = [answer for answer in answers if answer is not None]
     return list(itertools.chain.from_iterable(told)) if len(told) == len(answers) else None
 
 
 @_in_forward_context
-def start_step(worker: Any, chosen: Mapping[int, float]) -> None:
-    """Start over from the embeddings, with some layers chosen already, each with its keep."""
+def start_step(worker: Any, name: str, chosen: Mapping[int, float]) -> None:
+    """Start over, with some layers chosen already, each with its keep."""
     num_layers = len(worker.get_model().model.layers)
-    worker.orthorank_step = ServedStep(worker.orthorank_groups, chosen, num_layers)
+    worker.orthorank_step = ServedStep(_kept(worker)[name], chosen, num_layers)
 
 
 @_in_forward_context
@@ -71,6 +71,13 @@ def losses_with(worker: Any, more: Mapping[int, float]) -> list[AnswerLoss] | No
     """Each text's loss with more layers chosen; the lowest of them in ascending order."""
     losses: list[AnswerLoss] | None = worker.orthorank_step.losses_with(more)
     return losses
+
+
+def _kept(worker: Any) -> dict[str, list[DenseAnswers]]:
+    if "orthorank_texts" not in vars(worker):
+        worker.orthorank_texts = {}
+    texts: dict[str, list[DenseAnswers]] = worker.orthorank_texts
+    return texts
 
 
 @_in_forward_context
@@ -116,7 +123,7 @@ def fingerprint(worker: Any) -> str | None:
 
 def forget_texts(worker: Any) -> None:
     """Free what the functions above keep."""
-    for name in ("orthorank_groups", "orthorank_step"):
+    for name in ("orthorank_texts", "orthorank_step"):
         if name in vars(worker):
             delattr(worker, name)
 

@@ -47,14 +47,21 @@ class WorkersTrial:
         texts: Sequence[Answered],
         method: Method,
         keeps: Sequence[float],
+        name: str = "texts",
     ) -> None:
+        """Take some texts, beside those of other names.
+
+        Args:
+            keeps: those that layers will be tried with.
+        """
         self._workers = workers
+        self._name = name
         self.dense: list[AnswerLoss] = workers.call(
-            worker_calls.use_texts, texts, method, tuple(keeps)
+            worker_calls.use_texts, name, texts, method, tuple(keeps)
         )
 
     def start_step(self, chosen: Mapping[int, float]) -> None:
-        self._workers.call(worker_calls.start_step, dict(chosen))
+        self._workers.call(worker_calls.start_step, self._name, dict(chosen))
 
     def losses_with(self, more: Mapping[int, float]) -> list[AnswerLoss]:
         losses: list[AnswerLoss] = self._workers.call(worker_calls.losses_with, dict(more))

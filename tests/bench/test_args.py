@@ -11,10 +11,16 @@ from tests.support.commands import refusal
 
 def test_vllms_flags_go_to_every_server_and_orthoranks_to_its_own() -> None:
     argv = ["--dtype", "float32", "M", "--pairs", "6", "--orthorank-window=64", "--enforce-eager"]
-    assert split_flags(argv, "M") == (
-        ["--dtype", "float32", "--enforce-eager"],
-        ["--orthorank-window", "64"],
-    )
+    argv += ["--orthorank-layers", "29:0,12:1/4", "--orthorank-tail", "32", "--ratios", "auto"]
+    argv += ["--orthorank-max-loss", "0.05"]
+    common, rule = split_flags(argv, "M")
+    assert common == ["--dtype", "float32", "--enforce-eager"]
+    assert dict(zip(rule[::2], rule[1::2], strict=True)) == {
+        "--orthorank-max-loss": "0.05",
+        "--orthorank-window": "64",
+        "--orthorank-tail": "32",
+        "--orthorank-layers": "29:0,12:1/4",
+    }
 
 
 @pytest.mark.parametrize(
@@ -22,7 +28,17 @@ def test_vllms_flags_go_to_every_server_and_orthoranks_to_its_own() -> None:
     [
         (["--ratios", "1.5"], "--ratios 1.5: not allowed, give a number from 0"),
         (["--ratios", "0,0.3"], "--ratios 0,0.3: 0 is stock vLLM itself"),
-        (["--ratios", "0.01"], "--ratios 0.01: not allowed, it makes 0 of this model's 6 layers"),
+        (
+            ["--ratios", "0.3,0.9", "--orthorank-keep", "1/2"],
+            "--orthorank-ratio 0.9: not allowed, with --orthorank-keep 0.5 give at most 0.5",
+        ),
+        (
+            ["--ratios", "0.3", "--orthorank-max-loss", "0.1"],
+            "--orthorank-max-loss 0.1: not allowed, it changes nothing without --orthorank-ratio a",
+        ),
+        (["--ratios", "auto", "--orthorank-layers", "2:0"], "--orthorank-ratio auto: not allowed"),
+        (["--lengths", "32,65"], "--lengths 32,65: OrthoRank skips nothing of a prompt's first to"),
+        (["--orthorank-tail", "600", "--lengths", "512"], "its last 600; give longer ones"),
         (["--lengths", "512,"], "--lengths : not allowed, give a whole number from 1"),
         (["--lengths", "9000"], "--lengths 9000: with what is generated a request has 9016"),
         (["--concurrency", "0"], "--concurrency 0: not allowed, give a whole number from 1"),

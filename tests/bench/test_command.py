@@ -24,7 +24,8 @@ def found(small_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> tu
             *(str(Path(sys.executable).parent / "orthorank"), "bench", small_model_path),
             *("--ratios", "0.2", "--lengths", "256", "--concurrency", "2", "--output-len", "2"),
             *("--against", "prune", "--pairs", str(PAIRS), "-o", str(folder)),
-            *("--orthorank-layers", "2,4", "--enforce-eager", "--max-model-len", "512"),
+            *("--orthorank-layers", "4:0,2:0.8", "--orthorank-tail", "8"),
+            *("--enforce-eager", "--max-model-len", "512"),
         ],
         capture_output=True,
         text=True,
@@ -50,9 +51,11 @@ def test_the_table_has_each_workload_with_its_ideal_and_a_verdict(found: tuple[s
 def test_the_json_holds_every_pair_and_what_ran(found: tuple[str, Path]) -> None:
     content = json.loads((found[1] / "results.json").read_text())
     (comparison,) = content["comparisons"]
-    # 2 of 6 layers, two thirds of their updates; the rounding up of each window takes some.
-    assert comparison["selective"] == 2
-    assert comparison["ratio"] == pytest.approx(2 / 9, rel=0.05)
+    # 2 of 6 layers; position 0, the tail and the rounding up of each window take some.
+    assert comparison["layers"] == {"4": 0, "2": 0.8}
+    assert (comparison["window"], comparison["tail"]) == (128, 8)
+    assert comparison["ratio_configured"] == pytest.approx(1.2 / 6)
+    assert comparison["ratio"] == pytest.approx(1.2 / 6 * (1 - 9 / 256), rel=0.02)
     assert [len(rounds) for rounds in comparison["rounds"]] == [PAIRS, PAIRS]
     for rounds in comparison["rounds"]:
         orders = [list(seconds) for seconds in rounds]

@@ -9,6 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from orthorank_vllm.options import CALIBRATE_SECONDS
 from tests.deploy.tools import ALERTS, CHART, DASHBOARD, rendered, tool, values_file
 
 KUBERNETES = ("1.28", "1.34")
@@ -23,7 +24,7 @@ EVERYTHING: dict[str, Any] = {
     "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
     "prometheusRule": {"enabled": True},
     "dashboard": {"enabled": True},
-    "orthorank": {"ratio": 0.3, "keep": "1/4", "window": 0, "layers": "7,26,14"},
+    "orthorank": {"ratio": 0.3, "keep": 0, "window": 0, "tail": 32, "layers": "29:0,26:1/4,14"},
     "imagePullSecrets": [{"name": "registry"}],
     "priorityClassName": "serving",
     "lifecycle": {"preStop": {"exec": {"command": ["sleep", "10"]}}},
@@ -84,7 +85,17 @@ def test_its_objects_are_valid_in_kubernetes(version: str, file: str, scaler: st
         ({**MODEL, "raito": 0.3}, "additional properties 'raito' not allowed"),
         ({**MODEL, "orthorank": {"ratoi": 0.3}}, "additional properties 'ratoi' not allowed"),
         ({**MODEL, "orthorank": {"ratio": 1.2}}, "at '/orthorank/ratio'"),
+        ({**MODEL, "orthorank": {"ratio": "much"}}, "at '/orthorank/ratio'"),
         ({**MODEL, "orthorank": {"keep": "a third"}}, "at '/orthorank/keep'"),
+        ({**MODEL, "orthorank": {"tail": 0}}, "at '/orthorank/tail'"),
+        ({**MODEL, "orthorank": {"maxLoss": "little"}}, "at '/orthorank/maxLoss'"),
+        # What YAML makes of 29:0 without quotes.
+        ({**MODEL, "orthorank": {"layers": 1740}}, "at '/orthorank/layers'"),
+        ({**MODEL, "orthorank": {"layers": "29:all"}}, "at '/orthorank/layers'"),
+        (
+            {**MODEL, "orthorank": {"calibrateSeconds": 1800}},
+            "orthorank.calibrateSeconds: startupProbe leaves less time than that",
+        ),
         ({**MODEL, "shm": {"size": "lots"}}, "at '/shm/size'"),
         ({**MODEL, "args": ["--api-key=sesame"]}, "at '/args/0'"),
         ({**MODEL, "env": [{"name": "HF_TOKEN", "value": "x"}]}, "at '/env/0'"),
@@ -116,9 +127,23 @@ def test_the_server_gets_the_options() -> None:
     args = args_of(rendered(EVERYTHING))
     assert args[0] == "/models/m"
     assert "--orthorank-ratio=0.3" in args
-    assert "--orthorank-keep=1/4" in args
+    assert "--orthorank-keep=0" in args
     assert "--orthorank-window=0" in args
-    assert "--orthorank-layers=7,26,14" in args
+    assert "--orthorank-tail=32" in args
+    assert "--orthorank-layers=29:0,26:1/4,14" in args
+
+
+def test_a_ratio_to_be_found_is_on_and_goes_with_what_may_be_lost() -> None:
+    """Break seen: a ratio that is no number, taken for 0."""
+    objects = rendered({**MODEL, "orthorank": {"ratio": "auto", "maxLoss": 0.05}})
+    assert {"--orthorank-ratio=auto", "--orthorank-max-loss=0.05"} < set(args_of(objects))
+    labels = objects["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert labels["orthorank"] == "on"
+
+
+def test_what_is_not_given_is_left_to_the_plugin() -> None:
+    given = [arg for arg in args_of(rendered(MODEL)) if "orthorank" in arg]
+    assert given == ["--orthorank-ratio=0.3"]
 
 
 def test_ratio_0_is_stock_vllm() -> None:
@@ -150,6 +175,7 @@ def test_it_has_half_an_hour_to_start_and_time_to_finish_its_requests() -> None:
     spec = rendered({**MODEL, "shutdownSeconds": 100})["Deployment"]["spec"]["template"]["spec"]
     probe = spec["containers"][0]["startupProbe"]
     assert probe["periodSeconds"] * probe["failureThreshold"] == 30 * 60
+    assert CALIBRATE_SECONDS.default < 30 * 60 / 2
     assert "--shutdown-timeout=100" in spec["containers"][0]["args"]
     assert spec["terminationGracePeriodSeconds"] > 100 + 5
 

@@ -53,8 +53,10 @@ def test_the_flags_stand_in_a_group_of_their_own() -> None:
     flags = {flag for action in group._group_actions for flag in action.option_strings}
     assert flags == {
         "--orthorank-ratio",
+        "--orthorank-max-loss",
         "--orthorank-keep",
         "--orthorank-window",
+        "--orthorank-tail",
         "--orthorank-layers",
         "--orthorank-profile",
         "--orthorank-calibrate-seconds",
@@ -66,8 +68,12 @@ def test_the_flags_stand_in_a_group_of_their_own() -> None:
 def test_the_flags_become_the_options_offline(parsed: Parse) -> None:
     args = parsed("--orthorank-ratio", "0.3", "--orthorank-keep=0.25", "--orthorank-window", "0")
     assert args.additional_config == {"orthorank": {"ratio": 0.3, "keep": 0.25, "window": 0}}
-    assert parsed("--orthorank-layers", "7,26").additional_config == {
-        "orthorank": {"layers": (7, 26)}
+    assert parsed("--orthorank-ratio", "auto", "--orthorank-max-loss=0.05").additional_config == {
+        "orthorank": {"ratio": "auto", "max_loss": 0.05}
+    }
+    layers = parsed("--orthorank-layers", "29:0,12:1/4,7", "--orthorank-tail", "32")
+    assert layers.additional_config == {
+        "orthorank": {"layers": ((29, 0.0), (12, 0.25), (7, None)), "tail": 32}
     }
 
 
@@ -106,13 +112,15 @@ def test_the_endpoint_is_one_more_middleware(model_path: str) -> None:
 
 
 @pytest.mark.parametrize("before_the_model", [True, False])
-@pytest.mark.parametrize("layers", ["7,26,14", [7, 26, 14], ["7", "26,14"]])
+@pytest.mark.parametrize(
+    "layers", ["7,26:0,14:1/4", [7, "26:0", "14:0.25"], ["7", "26:0,14:1/4"], "7,26:0,14:0.25"]
+)
 def test_a_configuration_file_may_give_the_layers_as_a_list(
     model_path: str, tmp_path: Path, layers: object, before_the_model: bool
 ) -> None:
     """Break seen: vLLM's reader alone, by which the last layer becomes the model's name."""
     file = tmp_path / "serve.yaml"
-    options = {"orthorank-layers": layers, "orthorank_keep": 0.25, "orthorank-endpoint": True}
+    options = {"orthorank-layers": layers, "orthorank_keep": 0.5, "orthorank-endpoint": True}
     words = ["--config", str(file)]
     if before_the_model:
         options |= {"model": model_path}
@@ -121,14 +129,35 @@ def test_a_configuration_file_may_give_the_layers_as_a_list(
     file.write_text(yaml.safe_dump(options | {"max-num-seqs": 3}))
     arguments = serve_arguments(*words)
     assert arguments.model == model_path
-    assert (arguments.orthorank_layers, arguments.orthorank_keep) == ((7, 26, 14), 0.25)
+    assert arguments.orthorank_layers == ((7, None), (26, 0), (14, 0.25))
+    assert arguments.orthorank_keep == 0.5
     assert (arguments.max_num_seqs, len(arguments.middleware)) == (3, 1)
+
+
+@pytest.mark.parametrize("layers", ["[29:0, 26:0]", "29:0", "[12:0.25]"])
+def test_a_layer_without_its_quotes_in_a_yaml_file_is_told_of_them(
+    parsed: Parse,
+    model_path: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    layers: str,
+) -> None:
+    """YAML reads 29:0 as hours and minutes: 1740."""
+    file = tmp_path / "serve.yaml"
+    file.write_text(f"orthorank-layers: {layers}\n")
+    with pytest.raises(SystemExit) as caught:
+        parsed("--config", str(file)).create_engine_config()
+    assert caught.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "--orthorank-layers" in last
+    assert "in a YAML list" in last
+    assert 'quotes, "29:0"' in last
 
 
 def test_layers_may_stand_before_the_model(model_path: str) -> None:
     """Break seen: a flag that takes all words after it."""
-    arguments = serve_arguments("--orthorank-layers", "7,26", model_path)
-    assert (arguments.model, arguments.orthorank_layers) == (model_path, (7, 26))
+    arguments = serve_arguments("--orthorank-layers", "7,26:0", model_path)
+    assert (arguments.model, arguments.orthorank_layers) == (model_path, ((7, None), (26, 0)))
 
 
 def by_flag(name: str, value: object, folder: Path) -> list[str]:
@@ -157,9 +186,13 @@ def by_nested_file(name: str, value: object, folder: Path) -> list[str]:
 
 WRONG = [
     *[("ratio", value) for value in ("1.5", "nan", "inf", "much", "", "1e999999999", -1, "a\nb")],
-    *[("keep", value) for value in ("0", "1", "1/0", "1/3/4", 7, "x" * 9)],
+    ("ratio", "Auto"),
+    *[("max_loss", value) for value in (-0.1, "inf", "nan", "little")],
+    *[("keep", value) for value in ("-1", "1", "1/0", "1/3/4", 7, "x" * 9)],
     *[("window", value) for value in (-3, 0.5, "99999999999999999999", "many")],
+    *[("tail", value) for value in (0, -1, 0.5, "99999999999999999999", "long")],
     *[("layers", value) for value in ("3,3", "", "-1,3", "7,,8", "1.5", "7;8", [3, 3], [-1])],
+    *[("layers", value) for value in ("3:1", "3:", "3:0:0", "3:0,3:1/4", "3:-0.1", ["3:x"])],
     *[("calibrate_seconds", value) for value in (-1, "inf", "soon")],
     *[("attention", value) for value in ("fast", "CPU", "")],
     ("profile", ""),
@@ -246,6 +279,6 @@ def test_a_mistake_that_needs_the_model_to_be_seen_is_one_line_too(
         args.create_engine_config()
     assert caught.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == (
+    assert last.startswith(
         "vllm: error: --orthorank-layers 3,99: not allowed, this model has layers 0 to 29"
     )

@@ -12,69 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orthorank_vllm.calibrate.text import built_in_text
-from orthorank_vllm.cli.main import main
-from orthorank_vllm.profiles import Profile, cached_path, model_identity, read_profile
-from tests.support.commands import refusal
+from orthorank_vllm.calibrate.kinds import make_samples
+from orthorank_vllm.calibrate.text import read_text
+from orthorank_vllm.profiles import cached_path, read_profile
+from tests.evaluate.conftest import ANSWER, CONTINUATIONS, PROMPT, QUESTIONS, options, tasks
 from tests.support.reference import Reference, Rule
 
 pytestmark = pytest.mark.model
 
-ORDER = (3, 1, 4)
-QUESTIONS = [
-    {
-        "query": "Question: What is the capital of France?",
-        "choices": ["Paris", "Cheese"],
-        "gold": 0,
-    },
-    {"query": "Question: What do bees make?", "choices": ["Steel", "Honey", "Glass"], "gold": 1},
-]
-CONTINUATIONS = [
-    {"context": "One, two, three, four, five, six,", "continuation": "seven"},
-    {"context": "Monday, Tuesday, Wednesday,", "continuation": "Thursday"},
-    {"context": "The sky is", "continuation": "marmalade"},
-]
-
-
-@pytest.fixture(scope="module")
-def folder(small_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text, two tasks and a profile."""
-    from transformers import AutoConfig
-
-    folder = tmp_path_factory.mktemp("evaluate")
-    (folder / "test.txt").write_text(built_in_text().content[200_000:203_500])
-    for name, records in (("capitals", QUESTIONS), ("next", CONTINUATIONS)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    # The second as a task of lm-eval's.
-    task = {
-        "task": "next",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "next.jsonl")}},
-        "test_split": "test",
-        "output_type": "loglikelihood",
-        "doc_to_text": "{{context}}",
-        "doc_to_target": "{{continuation}}",
-    }
-    (folder / "next.yaml").write_text(yaml.safe_dump(task))
-    model = model_identity(AutoConfig.from_pretrained(small_model_path))
-    data = {"name": "t", "sha256": "0" * 64, "tokens": 512, "length": 512}
-    losses = (5.0, 5.5, 6.0)
-    Profile("mine", model, ORDER, 1 / 3, 128, losses=losses, dense_loss=4.5, data=data).write(
-        folder / "profile.json"
-    )
-    return folder
-
-
-def options(folder: Path) -> list[str]:
-    return [
-        *("--dtype", "float32", "--data", str(folder / "test.txt"), "--length", "256"),
-        *("--ratios", "0,0.2", "--profile", str(folder / "profile.json")),
-        *("--tasks", str(folder / "capitals.jsonl"), str(folder / "next.yaml")),
-        *("--breadth", "1", "-o", str(folder / "out")),
-    ]
+KINDS = ("prose", "look-up", "copy", "chat")
 
 
 def run(model_path: str, *given: str, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -90,7 +38,7 @@ def run(model_path: str, *given: str, **environment: str) -> "subprocess.Complet
 
 
 def evaluate(small_model_path: str, folder: Path) -> tuple[str, str]:
-    result = run(small_model_path, *options(folder))
+    result = run(small_model_path, *options(folder), *tasks(folder))
     assert result.returncode == 0, result.stderr
     return result.stdout, result.stderr
 
@@ -106,32 +54,68 @@ def results(printed: tuple[str, str], folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_perplexity_is_the_references(
-    results: dict[str, Any], small_model_path: str, folder: Path
+@pytest.fixture(scope="module")
+def model(small_model_path: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(small_model_path, dtype=torch.float32)
+
+
+def runs_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {run["method"]: run for run in results["runs"]}
+
+
+def reference_of(model: Any, run: dict[str, Any]) -> Reference:
+    """The dense model, or the one whose layers are left out."""
+    reference = Reference(model, Rule(()))
+    left_out = {layer for layer, _ in run["layers"]}
+    layers = enumerate(reference.layers)
+    reference.layers = [layer for index, layer in layers if index not in left_out]
+    return reference
+
+
+@pytest.mark.parametrize("method", ["dense", "prune"])
+def test_answers_and_the_whole_text_are_the_references(
+    method: str, results: dict[str, Any], model: Any, small_model_path: str, folder: Path
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(small_model_path, dtype=torch.float32)
+    run = runs_of(results)[method]
+    reference = reference_of(model, run)
+
+    def log_probs(tokens: list[int]) -> torch.Tensor:
+        found = reference.start(tokens).forward(0, len(tokens))[:-1]
+        return found.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+
     tokenizer = AutoTokenizer.from_pretrained(small_model_path)
-    tokens = tokenizer((folder / "test.txt").read_text())["input_ids"]
+    text = read_text(str(folder / "test.txt"))
+    for kind, count in (("prose", 1), ("look-up", 2)):
+        samples = make_samples(kind, text, tokenizer, count, PROMPT, ANSWER)
+        of_answers = [log_probs(list(s.tokens))[s.prompt_len - 1 :] for s in samples]
+        loss = run["served"][str(PROMPT)][kind]
+        assert loss["nats"] == pytest.approx(-float(torch.cat(of_answers).mean()), rel=1e-3)
+    tokens = tokenizer(text.content)["input_ids"]
     segments = [tokens[start : start + 256] for start in range(0, len(tokens) - 255, 256)]
-    assert results["identity"]["data"]["segments"] == len(segments) >= 2
-    runs = {run["method"]: run for run in results["runs"]}
-    assert set(runs) == {"dense", "orthorank", "prune", "random"}
-    assert runs["orthorank"]["layers"] == [1, 3]
-    assert len(runs["prune"]["layers"]) == 1
-    for method, layers in (("dense", ()), ("orthorank", (1, 3))):
-        reference = Reference(model, Rule(layers))
-        losses = []
-        for segment in segments:
-            log_probs = reference.start(segment).forward(0, 256)[:-1]
-            losses.append(-log_probs.gather(1, torch.tensor(segment[1:])[:, None]).mean())
-        wanted = math.exp(float(torch.stack(losses).mean()))
-        assert runs[method]["perplexity"] == pytest.approx(wanted, rel=1e-3)
+    assert results["identity"]["segments"] == {"length": 256, "count": len(segments)}
+    wanted = math.exp(-float(torch.cat([log_probs(segment) for segment in segments]).mean()))
+    assert run["perplexity"] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_every_method_has_its_layers_and_every_kind_its_figures(results: dict[str, Any]) -> None:
+    runs = runs_of(results)
+    third = pytest.approx(1 / 3)
+    assert list(runs) == ["dense", "orthorank", "prune", "random"]
+    assert runs["orthorank"]["layers"] == runs["random"]["layers"] == [[3, third], [1, third]]
+    assert [keep for _, keep in runs["prune"]["layers"]] == [0, 0]
+    for name, run in runs.items():
+        of_kinds = run["served"][str(PROMPT)]
+        assert list(of_kinds) == list(KINDS)
+        assert [loss["answers"] for loss in of_kinds.values()] == [1, 2, 1, 1]
+        for kind, loss in of_kinds.items():
+            assert (loss["kl"] == 0) == (name == "dense")
+            dense = runs["dense"]["served"][str(PROMPT)][kind]["nats"]
+            assert loss["dense_nats"] == pytest.approx(dense, rel=1e-6)
 
 
 def test_accuracy_is_that_of_the_models_own_scores(
-    results: dict[str, Any], small_model_path: str
+    results: dict[str, Any], model: Any, small_model_path: str
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(small_model_path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(small_model_path)
     reference = Reference(model, Rule(()))
 
@@ -151,7 +135,7 @@ def test_accuracy_is_that_of_the_models_own_scores(
         ]
         right += scores.index(max(scores)) == question["gold"]
     greedy = [score(str(c["context"]), f" {c['continuation']}")[1] for c in CONTINUATIONS]
-    [dense] = [run for run in results["runs"] if run["method"] == "dense"]
+    dense = runs_of(results)["dense"]
     assert dense["tasks"]["capitals"]["acc"] == right / len(QUESTIONS)
     assert dense["tasks"]["next"]["acc"] == pytest.approx(sum(greedy) / len(CONTINUATIONS))
     assert dense["tasks"]["next"]["questions"] == 3
@@ -159,8 +143,12 @@ def test_accuracy_is_that_of_the_models_own_scores(
 
 def test_the_table_and_the_bars_are_on_the_terminal(printed: tuple[str, str]) -> None:
     stdout, stderr = printed
-    table = [line.split()[0] for line in stdout.splitlines()]
-    assert table[:5] == ["method", "dense", "orthorank", "prune", "random"]
+    lines = [line.split() for line in stdout.splitlines() if line]
+    methods = ["dense", "orthorank", "prune", "random"]
+    assert [line[:2] for line in lines[2:18]] == [[k, name] for k in KINDS for name in methods]
+    last = [line[0] for line in lines].index("method")
+    assert [line[0] for line in lines[last + 1 : last + 5]] == methods
+    assert f"prune: look-up, {PROMPT} tokens" in stderr
     assert "orthorank 0.2 (2 of 4): text: 100%" in stderr
 
 
@@ -170,6 +158,7 @@ def test_a_second_run_measures_nothing_again(
     before = json.loads((folder / "out" / "results.json").read_text())
     stdout, stderr = evaluate(small_model_path, folder)
     assert "segments" not in stderr
+    assert "answers" not in stderr
     assert stdout == printed[0]
     assert json.loads((folder / "out" / "results.json").read_text()) == before
 
@@ -195,18 +184,16 @@ def test_the_report_shows_its_figures_in_a_browser_and_loads_nothing(
         page.goto((folder / "out" / "report.html").as_uri())
         assert page.title() == "OrthoRank on SmolLM2-first-6-layers"
         cells = [row.inner_text().split("\t")[0] for row in page.locator("tr").all()[1:]]
-        assert [cell.strip() for cell in cells] == [
-            "dense",
-            "orthorank 0.2",
-            "prune 0.2",
-            "random 0.2",
-        ]
+        of_runs = ["dense", "orthorank 0.2", "prune 0.2", "random 0.2"]
+        assert [cell.strip() for cell in cells][-4:] == of_runs
+        assert [cell.strip() for cell in cells][1:5] == of_runs
         figures = page.locator("figure").all()
         assert [figure.get_attribute("id") for figure in figures] == [
+            f"kl-{PROMPT}",
             "perplexity",
             "task-capitals",
             "task-next",
-            "steps",
+            "entries",
             "cosines",
         ]
         for figure in figures:
@@ -224,55 +211,22 @@ def test_the_report_shows_its_figures_in_a_browser_and_loads_nothing(
     assert complaints == []
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (["--data", "/nowhere.txt"], "--data /nowhere.txt: it cannot be read"),
-        (["--against", "prune,magic"], "--against prune,magic: magic is no method; give none, or"),
-        (["--ratios", "0,x"], "--ratios x: not allowed, give a number"),
-        (["--length", "1"], "--length 1: not allowed, give a whole number from 2"),
-        (["--length", "4096"], "test.txt: it is too short, it has"),
-        (["--limit", "-3"], "--limit -3: not allowed"),
-        (["--calibration-data", "{test}"], "it is the test text itself"),
-        (["--profile", "{test}"], "it is not JSON"),
-        (["--profile", "{peeked}"], "the profile peeked was chosen on it"),
-        (["-o", "/proc/none"], "-o /proc/none/results.json: it cannot be written"),
-        (["--tasks", "{test}"], "line 1 is not a JSON object"),
-    ],
-)
-def test_bad_input_is_named_in_one_line(
-    capsys: pytest.CaptureFixture[str],
-    small_model_path: str,
-    folder: Path,
-    change: list[str],
-    message: str,
+def test_layers_given_by_hand_are_one_run_and_need_no_profile(
+    small_model_path: str, folder: Path, tmp_path: Path
 ) -> None:
-    test = folder / "test.txt"
-    names = {"{test}": str(test), "{peeked}": str(folder / "peeked.json")}
-    if change[1] == "{peeked}":
-        import hashlib
-
-        content = json.loads((folder / "profile.json").read_text())
-        content["name"] = "peeked"
-        content["data"]["sha256"] = hashlib.sha256(test.read_bytes()).hexdigest()
-        (folder / "peeked.json").write_text(json.dumps(content))
-    given = [*options(folder), "-o", str(folder / "other")]
-    given += [names.get(option, option) for option in change]
-    assert message in refusal(capsys, "evaluate", small_model_path, *given)
-
-
-def test_a_model_without_a_profile_is_sent_to_calibrate(
-    capsys: pytest.CaptureFixture[str],
-    small_model_path: str,
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    test = str(folder / "test.txt")
-    options = ["--dtype", "float32", "--data", test, "--length", "256", "-o", str(tmp_path / "o")]
-    assert main(["evaluate", small_model_path, *options]) == 2
-    assert "run `orthorank calibrate` first, or give one" in capsys.readouterr().err
+    """The last layer's update is nothing that an answer reads, so that it alone costs nothing."""
+    given = ["--dtype", "float32", "--data", str(folder / "test.txt"), "--length", "0"]
+    given += ["--prompt-lens", str(PROMPT), "--answer-len", str(ANSWER), "--samples", "1"]
+    given += ["--look-ups", "0", "--layers", "5:0", "--against", "none", "-o", str(tmp_path)]
+    result = run(small_model_path, *given)
+    assert result.returncode == 0, result.stderr
+    dense, last = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert (dense["method"], last["method"], last["layers"]) == ("dense", "orthorank", [[5, 0]])
+    assert last["ratio"] == pytest.approx(1 / 6)
+    assert "perplexity" not in result.stdout
+    for loss in last["served"][str(PROMPT)].values():
+        assert loss["kl"] == pytest.approx(0, abs=1e-6)
+        assert loss["same"] == 1
 
 
 def test_a_profile_that_is_kept_for_other_weights_is_not_taken_for_these(
@@ -280,10 +234,10 @@ def test_a_profile_that_is_kept_for_other_weights_is_not_taken_for_these(
 ) -> None:
     """Break seen: a fine-tune evaluated with its base's layers, which no server takes."""
     given = read_profile(folder / "profile.json")
-    path = cached_path(tmp_path, given.model["config_sha256"], "a" * 64, 1 / 3, 128)
+    path = cached_path(tmp_path, given.model["config_sha256"], "a" * 64, 128, 64)
     replace(given, weights="a" * 64).write(path)
     plain = ["--dtype", "float32", "--data", str(folder / "test.txt"), "--length", "256"]
-    plain += ["--ratios", "0", "--against", "random", "-o", str(tmp_path / "out")]
+    plain += ["--ratios", "0", "--samples", "0", "--look-ups", "0", "-o", str(tmp_path / "out")]
     refused = run(small_model_path, *plain, VLLM_CACHE_ROOT=str(tmp_path))
     assert refused.returncode == 2
     assert "the profile mine was measured on other weights of this shape" in refused.stderr

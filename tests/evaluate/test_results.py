@@ -1,4 +1,4 @@
-"""Results: what is to be measured, and what was."""
+"""Results: kept, and found again."""
 
 import json
 from pathlib import Path
@@ -6,68 +6,58 @@ from typing import Any
 
 import pytest
 
-from orthorank_vllm.evaluate.results import Results, Run, plan_runs
-from orthorank_vllm.options import OptionError
-from orthorank_vllm.profiles import Profile
-from orthorank_vllm.selection.method import Method
+from orthorank_vllm.evaluate.results import Results
+from orthorank_vllm.evaluate.runs import KindLoss, Run
+from orthorank_vllm.options import LayerKeep, OptionError
 
-MODEL = {"num_hidden_layers": 30}
-PROFILES = {
-    "orthorank": Profile("p", MODEL, (7, 26, 14, 25, 13, 3, 5, 17, 12), 1 / 3, 128),
-    "prune": Profile("p", MODEL, (9, 20, 4, 5, 6, 22), 1 / 3, 128, method="prune"),
-}
-IDENTITY: dict[str, Any] = {"data": {"sha256": "0"}, "tasks": {}, "keep": 1 / 3}
+IDENTITY: dict[str, Any] = {"data": {"sha256": "0"}, "tasks": {}, "tail": 64}
+LAYERS = (LayerKeep(9, 1 / 3), LayerKeep(4, 0.0))
+LOSS = KindLoss(8, 1024, 3.1, 3.0, 0.05, 0.02, 0.9)
 
 
-def test_pruning_drops_ratio_times_layers_and_the_others_more_layers_in_part() -> None:
-    runs = plan_runs(["orthorank", "prune", "random"], [0, 0.1, 0.2], PROFILES, Method())
-    assert [(run.method, len(run.layers), round(run.ratio, 3)) for run in runs] == [
-        ("dense", 0, 0),
-        ("orthorank", 5, 0.111),
-        ("prune", 3, 0.1),
-        ("random", 5, 0.111),
-        ("orthorank", 9, 0.2),
-        ("prune", 6, 0.2),
-        ("random", 9, 0.2),
-    ]
-    assert runs[1].layers == runs[3].layers == (7, 13, 14, 25, 26)
+def load(folder: Path, **changed: object) -> Results:
+    return Results.load(folder / "results.json", "m", {**IDENTITY, **changed})
 
 
-def test_a_ratio_past_the_profile_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"--ratios 0\.3: it needs 14 layers and the profile p"):
-        plan_runs(["orthorank"], [0.3], PROFILES, Method())
-
-
-def test_a_measured_run_is_found_again_by_method_and_layers(tmp_path: Path) -> None:
-    results = Results.load(tmp_path / "results.json", "m", IDENTITY)
-    run = Run("prune", 0.1, 0.1, (4, 9, 20), perplexity=12.5, tasks={})
-    results.add(run)
-    again = Results.load(tmp_path / "results.json", "m", IDENTITY)
-    assert again.measured(Run("prune", 0.1, 0.1, (4, 9, 20))) == run
-    assert again.measured(Run("prune", 0.1, 0.1, (4, 9, 21))) is None
-    assert again.measured(Run("random", 0.1, 0.1, (4, 9, 20))) is None
+def test_what_was_measured_of_a_run_is_found_again_by_method_and_layers(tmp_path: Path) -> None:
+    run = Run("orthorank", 0.1, 0.1, LAYERS).with_loss(640, "prose", LOSS)
+    load(tmp_path).add(run)
+    again = load(tmp_path)
+    assert again.of(Run("orthorank", 0.1, 0.1, LAYERS)) == run
+    assert again.of(Run("orthorank", 0.12, 0.1, LAYERS)).label == "orthorank 0.12"
+    assert again.of(Run("random", 0.1, 0.1, LAYERS)).served == {}
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_run_grows_by_lengths_and_kinds(tmp_path: Path) -> None:
+    results = load(tmp_path)
+    run = Run("orthorank", 0.1, 0.1, LAYERS)
+    for length, kind in ((640, "prose"), (640, "copy"), (2048, "prose")):
+        results.add(results.of(run).with_loss(length, kind, LOSS))
+    [known] = load(tmp_path).runs
+    assert {length: list(kinds) for length, kinds in known.served.items()} == {
+        640: ["prose", "copy"],
+        2048: ["prose"],
+    }
 
 
 def test_results_of_something_else_are_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    Results.load(path, "m", IDENTITY).write()
+    load(tmp_path).write()
     before = path.read_text()
-    with pytest.raises(OptionError, match="was measured with another keep; give another folder"):
-        Results.load(path, "m", {**IDENTITY, "keep": 0.5})
+    with pytest.raises(OptionError, match="was measured with another tail; give another folder"):
+        load(tmp_path, tail=1)
+    path.write_text(before.replace('"format": 2', '"format": 1'))
+    with pytest.raises(OptionError, match="is not one of this version"):
+        load(tmp_path)
     path.write_text(json.dumps({"some": "file"}))
     with pytest.raises(OptionError, match="is not one of this version"):
-        Results.load(path, "m", IDENTITY)
-    assert before != path.read_text()
+        load(tmp_path)
 
 
-def test_the_table_has_a_line_for_each_run(tmp_path: Path) -> None:
-    identity = {**IDENTITY, "tasks": {"arc": "0"}}
-    results = Results(tmp_path / "results.json", "m", identity)
-    found = {"arc": {"acc": 0.5, "stderr": 0.05, "questions": 100}}
-    runs = [Run("dense", 0, 0, (), 20.0, found), Run("prune", 0.1, 0.1, (4,), 33.333, found)]
-    assert results.table(runs).splitlines() == [
-        "method  ratio  perplexity               arc",
-        "dense   0.000       20.00     0.500 ± 0.050",
-        "prune   0.100       33.33     0.500 ± 0.050",
-    ]
+def test_what_was_left_out_may_be_measured_later_and_is_then_known(tmp_path: Path) -> None:
+    load(tmp_path).write()
+    load(tmp_path, weights="a").write()
+    load(tmp_path).check({"weights": "a"})
+    with pytest.raises(OptionError, match="another weights"):
+        load(tmp_path).check({"weights": "b"})

@@ -16,10 +16,18 @@ from orthorank_vllm import plugin
 from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.metrics import collector
 from orthorank_vllm.metrics.recorder import WorkerMetrics
+from orthorank_vllm.options import LayerKeep
 
 LABELS = {"model_name": "m", "engine": "0"}
 Told = tuple[float | None, float | None]
-CONFIG = OrthoRankConfig(0.3, 1 / 3, 128, (1, 3), 5, "profile p")
+CONFIG = OrthoRankConfig(
+    ratio_asked=0.3,
+    window=128,
+    tail=64,
+    num_layers=5,
+    layers=(LayerKeep(1, 0.25), LayerKeep(3, 0.25)),
+    source="profile p",
+)
 
 
 @pytest.fixture(autouse=True)

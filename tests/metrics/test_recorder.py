@@ -1,5 +1,6 @@
 """What a worker tells of itself, and what its counts cost."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,20 @@ from orthorank_vllm import __version__
 from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.metrics import collector, definitions
 from orthorank_vllm.metrics.recorder import WorkerMetrics
+from orthorank_vllm.metrics.status import as_json, engines_of
+from orthorank_vllm.options import LayerKeep
+from orthorank_vllm.profiles import Cost
 
 LABELS = {"model_name": "m", "engine": "0"}
-CONFIG = OrthoRankConfig(0.3, 1 / 3, 128, (1, 3), 5, "profile p")
+CONFIG = OrthoRankConfig(
+    ratio_asked=0.3,
+    window=128,
+    tail=64,
+    num_layers=5,
+    layers=(LayerKeep(3, 0.0), LayerKeep(1, 1 / 3)),
+    source="profile p",
+    expected=Cost({"prose": 0.004, "copy": 0.03}, found=0.98),
+)
 
 
 @pytest.fixture
@@ -44,20 +56,59 @@ def test_what_is_run_stands_in_labels(registry: CollectorRegistry) -> None:
     WorkerMetrics(LABELS, range(5)).tell(CONFIG)
     value = registry.get_sample_value
     told = {
-        "keep": "0.3333",
         "window": "128",
-        "layers": "1,3",
+        "tail": "64",
+        "layers": "3:0,1:0.3333",
         "chosen_by": "profile p",
         "measured": "true",
         "version": __version__,
     }
     assert value("orthorank_config_info", {**LABELS, **told}) == 1
     assert value("orthorank_ratio_asked", LABELS) == 0.3
-    assert value("orthorank_ratio_configured", LABELS) == pytest.approx(2 / 5 * 2 / 3)
+    assert value("orthorank_ratio_configured", LABELS) == pytest.approx((1 + 2 / 3) / 5)
+
+
+def test_what_answers_lose_is_told_by_the_kind_of_text(registry: CollectorRegistry) -> None:
+    WorkerMetrics(LABELS, range(5)).tell(CONFIG)
+    value = registry.get_sample_value
+    assert value("orthorank_expected_loss_nats", {**LABELS, "kind": "prose"}) == 0.004
+    assert value("orthorank_expected_loss_nats", {**LABELS, "kind": "copy"}) == 0.03
+    assert value("orthorank_expected_lookups_found_ratio", LABELS) == 0.98
+
+
+def test_what_nobody_measured_is_not_told(registry: CollectorRegistry) -> None:
+    """Break seen: a loss of 0."""
+    WorkerMetrics(LABELS, range(5)).tell(replace(CONFIG, expected=None))
+    names = {sample.name for metric in registry.collect() for sample in metric.samples}
+    assert not {"orthorank_expected_loss_nats", "orthorank_expected_lookups_found_ratio"} & names
+
+
+def test_what_is_told_is_read_back(registry: CollectorRegistry) -> None:
+    """As `GET /orthorank` and `orthorank doctor` show it."""
+    WorkerMetrics(LABELS, range(5)).tell(CONFIG)
+    [engine] = engines_of(registry.collect())
+    told = as_json(engine)
+    assert (told["active"], told["is_measured"], told["version"]) == (True, True, __version__)
+    assert (told["window"], told["tail"], told["chosen_by"]) == (128, 64, "profile p")
+    assert list(told["layers"].items()) == [(3, 0.0), (1, 0.3333)]
+    assert (told["ratio_asked"], told["ratio_configured"]) == (0.3, CONFIG.ratio)
+    assert told["expected_loss"] == {"prose": 0.004, "copy": 0.03}
+    assert told["expected_found"] == 0.98
+    assert told["ratio_reached"] is None
+    json.dumps(told)
+
+
+def test_no_layers_are_read_back_as_none(registry: CollectorRegistry) -> None:
+    """Break seen: an empty label, read as a layer without a number."""
+    config = replace(CONFIG, ratio_asked=None).dense("no time", "more time")
+    WorkerMetrics(LABELS, range(5)).tell(replace(config, expected=None))
+    [engine] = engines_of(registry.collect())
+    assert (engine.layers, engine.ratio_configured, engine.is_measured) == ({}, 0, False)
+    assert (engine.expected_loss, engine.expected_found) == ({}, None)
 
 
 def test_guessed_layers_are_told_by_a_label(registry: CollectorRegistry) -> None:
-    config = replace(CONFIG, to_choose=1, num_layers=6).evenly_spaced("no time", "more time")
+    config = replace(CONFIG, num_layers=6, expected=None).unmeasured("no time", "more time")
     WorkerMetrics(LABELS, range(6)).tell(config)
     [told] = [
         sample.labels
@@ -65,7 +116,10 @@ def test_guessed_layers_are_told_by_a_label(registry: CollectorRegistry) -> None
         for sample in metric.samples
         if sample.name == "orthorank_config_info"
     ]
-    assert (told["measured"], told["chosen_by"]) == ("false", "even spacing, not measured: no time")
+    assert (told["measured"], told["chosen_by"]) == (
+        "false",
+        "the last layers, not measured: no time",
+    )
 
 
 def test_no_ratio_asked_is_told_where_none_was(registry: CollectorRegistry) -> None:

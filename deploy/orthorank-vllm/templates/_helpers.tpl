@@ -40,6 +40,9 @@ labels:
 {{- if and (include "orthorank.one-node" .) (or (gt (int $v.replicas) 1) $v.autoscaling.enabled) }}
 {{- fail "cache.accessModes: several replicas need ReadWriteMany" }}
 {{- end }}
+{{- if ge (float64 $v.orthorank.calibrateSeconds) (float64 (mul $v.startupProbe.periodSeconds $v.startupProbe.failureThreshold)) }}
+{{- fail "orthorank.calibrateSeconds: startupProbe leaves less time than that; raise its failureThreshold" }}
+{{- end }}
 {{- if and $v.modelDownload.enabled (or $v.model.offline (hasPrefix "/" $v.model.name)) }}
 {{- fail "modelDownload.enabled needs a model.name on a model hub, and not model.offline" }}
 {{- end }}

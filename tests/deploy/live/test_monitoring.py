@@ -215,6 +215,10 @@ def test_an_expression_of_the_dashboard_returns_data(under_load: Prometheus, num
     }.items():
         expression = expression.replace(variable, value)
     assert "$" not in expression
+    if "orthorank_expected_" in expression:
+        # Absent: layers that were given by hand were not measured.
+        assert under_load.query(expression) == []
+        return
     assert wait_for(expression, lambda: under_load.query(expression))
 
 

@@ -1,0 +1,121 @@
+"""The layers that are evaluated: a profile's first ones, or those given by hand."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from orthorank_vllm.calibrate.text import Text
+from orthorank_vllm.compat import cache_root
+from orthorank_vllm.config import OrthoRankConfig
+from orthorank_vllm.evaluate.runs import Layers
+from orthorank_vllm.options import OptionError
+from orthorank_vllm.profiles import (
+    Profile,
+    ProfileError,
+    cached_path,
+    kept_profiles,
+    read_profile,
+    read_profile_of,
+    shipped_profile,
+    shipped_profiles,
+)
+from orthorank_vllm.selection.method import Method
+
+
+def profile_to_test(
+    path: str | None, model: Mapping[str, Any], rule: Method, text: Text
+) -> Profile:
+    """The given profile, or else this machine's or the shipped one.
+
+    Args:
+        model: see `profiles.model_identity`.
+        text: what it is to be tested on.
+
+    Raises:
+        OptionError: it cannot be used or was chosen on that text, or there is none.
+    """
+    profile = _known(model, rule) if path is None else _given(path, model)
+    if profile is None:
+        raise OptionError(
+            "--profile: none is known for this model; run `orthorank calibrate` first, or give "
+            "one, or --layers"
+        )
+    for data in (profile.data or {}).values():
+        if data["sha256"] == text.sha256:
+            raise OptionError(
+                f"--data {text.name}: the profile {profile.name} was chosen on it; a choice must "
+                "not be tested on what it was made on"
+            )
+    return profile
+
+
+def _given(path: str, model: Mapping[str, Any]) -> Profile:
+    try:
+        return read_profile_of(model, path)
+    except ProfileError as error:
+        raise OptionError(f"--profile {path}: {error}") from None
+
+
+def _known(model: Mapping[str, Any], rule: Method) -> Profile | None:
+    kept = kept_profiles(cache_root(), model["config_sha256"], rule.window, rule.tail)
+    if kept:
+        try:
+            return read_profile(kept[0])
+        except ProfileError:
+            # Of another version: no server takes it either.
+            pass
+    return shipped_profile(model)
+
+
+def check_weights(
+    profile: Profile, model: Mapping[str, Any], weights: str | None, rule: Method, is_given: bool
+) -> None:
+    """Look whether a server would take the profile, now that the weights are loaded.
+
+    Args:
+        weights: their fingerprint, None if they have none.
+        is_given: whether the user named the profile.
+
+    Raises:
+        OptionError: it would take another profile, as this one is kept for other weights.
+    """
+    if weights is None or profile.weights in (None, weights):
+        return
+    told = f"the profile {profile.name} was measured on other weights of this shape"
+    if is_given or profile in shipped_profiles():
+        print(f"note: {told}", file=sys.stderr)
+        return
+    own = cached_path(cache_root(), model["config_sha256"], weights, rule.window, rule.tail)
+    give = f"give --profile {own}" if own.exists() else "run `orthorank calibrate` on these"
+    raise OptionError(f"--profile: {told}, and a server would not take it; {give}")
+
+
+def layers_at(profile: Profile, ratio: float, keep: float | None, rule: Method) -> Layers:
+    """The layers that a server takes of a profile.
+
+    Args:
+        keep: of every layer, if given by hand.
+
+    Raises:
+        OptionError: the profile has too few.
+    """
+    config = OrthoRankConfig(ratio, rule.window, rule.tail, profile.num_layers, keep=keep)
+    chosen = config.with_profile(profile)
+    if config.entries_needed(profile) is None:
+        raise OptionError(
+            f"--ratios {ratio:g}: it is more than the {chosen.ratio:.4g} that the "
+            f"{len(profile.entries)} layers of the profile {profile.name} reach; run `orthorank "
+            "calibrate` with a larger --max-ratio"
+        )
+    return chosen.layers
+
+
+def check_layers(layers: Layers, num_layers: int) -> None:
+    """Check that the model has the layers that were given by hand.
+
+    Raises:
+        OptionError: it has fewer.
+    """
+    if max(layer for layer, _ in layers) >= num_layers:
+        given = ",".join(map(str, layers))
+        raise OptionError("--layers", given, f"this model has layers 0 to {num_layers - 1}")
