@@ -166,7 +166,7 @@ def known_profile(calibration: Calibration, output: Path) -> Profile | None:
 
 
 def check_replaceable(output: Path) -> None:
-    """See that no other file than a profile is in the way.
+    """Check that no other file than a profile is in the way.
 
     Raises:
         OptionError: one is.

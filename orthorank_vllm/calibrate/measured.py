@@ -72,7 +72,7 @@ class Measured:
 
     @property
     def weights(self) -> list[float]:
-        """Of each sample in the mean: every kind of text counts alike."""
+        """Each sample's share of the mean, in which every kind of text counts alike."""
         counts = dict.fromkeys(self.kinds, 0)
         for sample in self.samples:
             counts[sample.kind] += 1
@@ -106,7 +106,7 @@ class Measured:
 
     @property
     def dense(self) -> tuple[float, tuple[int, ...]]:
-        """Of the dense model: nats per answer token, and [samples] numbers found."""
+        """What the dense model does: nats per answer token, and [samples] numbers found."""
         if self._dense is None:
             losses = self.trial.dense
             loss = sum(loss.dense_nll for loss in losses) / sum(loss.tokens for loss in losses)
@@ -133,7 +133,7 @@ class Measured:
         }
 
     def standard_error(self, differences: Sequence[float]) -> float:
-        """Of the mean of each sample's difference, every kind of text alike; 0 if it is unknown."""
+        """Error of the samples' mean difference, every kind of text alike; 0 if it is unknown."""
         variance = 0.0
         for kind in self.kinds:
             of_kind = [
