@@ -31,7 +31,7 @@ DEAR = 0.5
 CARRIES = 0.1
 FINDING_KINDS = ("look-up", "copy")
 # Of the best set's cost: where noise is large, no worse a set than this is taken for it.
-NOISE_SHARE = 0.25
+NOISE_SHARE = 0.1
 # A layer that costs the held-back text so many times what it cost here, and nats more, was luck.
 LUCK, LUCK_NATS = 2.0, 0.02
 # Nats per token. Layers of a trained model differ by a hundred times as much.
