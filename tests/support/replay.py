@@ -64,6 +64,8 @@ class Engine:
     """vLLM's engine in this process."""
 
     def __init__(self, model_path: str, **options: Any) -> None:
+        # vLLM compiles a part of its sampler, eager model or not: some seconds in each process.
+        torch._dynamo.config.disable = True
         self.llm = LLM(model_path, dtype="float32", **options)
         engine_core: Any = self.llm.llm_engine.engine_core
         self.core = engine_core.engine_core
