@@ -195,6 +195,15 @@ class Course:
             self.path = None
             self.on_unkept(error)
 
+    def end_trial(self) -> None:
+        """Keep what was measured, and tell of it; to be called after the last trial.
+
+        Raises:
+            OSError: see `keep`.
+        """
+        self.keep()
+        self.on_trial()
+
     def _open(self, name: str) -> WorkersTrial:
         calibration = self.calibration
         return WorkersTrial(
@@ -203,8 +212,7 @@ class Course:
 
     def _between(self) -> None:
         if self.trials:
-            self.keep()
-            self.on_trial()
+            self.end_trial()
         self.trials += 1
         self.before_trial()
 

@@ -1,5 +1,6 @@
 """Losses of choices of layers on some samples, kept as they are measured."""
 
+import hashlib
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -71,7 +72,7 @@ class Measured:
 
     @property
     def weights(self) -> list[float]:
-        """Of each sample in the mean: every kind of text counts alike."""
+        """Each sample's share of the mean, in which every kind of text counts alike."""
         counts = dict.fromkeys(self.kinds, 0)
         for sample in self.samples:
             counts[sample.kind] += 1
@@ -105,7 +106,7 @@ class Measured:
 
     @property
     def dense(self) -> tuple[float, tuple[int, ...]]:
-        """Of the dense model: nats per answer token, and [samples] numbers found."""
+        """What the dense model does: nats per answer token, and [samples] numbers found."""
         if self._dense is None:
             losses = self.trial.dense
             loss = sum(loss.dense_nll for loss in losses) / sum(loss.tokens for loss in losses)
@@ -132,7 +133,7 @@ class Measured:
         }
 
     def standard_error(self, differences: Sequence[float]) -> float:
-        """Of the mean of each sample's difference, every kind of text alike; 0 if it is unknown."""
+        """Error of the samples' mean difference, every kind of text alike; 0 if it is unknown."""
         variance = 0.0
         for kind in self.kinds:
             of_kind = [
@@ -153,15 +154,22 @@ class Measured:
     def as_dict(self) -> dict[str, Any]:
         """What is known, in JSON types; `restore` takes it back."""
         known = {key: [losses.kl, losses.found] for key, losses in self.known.items()}
-        return {"dense": self._dense, "known": known}
+        return {"samples": self._samples_sha256, "dense": self._dense, "known": known}
 
     def restore(self, content: Mapping[str, Any]) -> None:
+        """Take what was measured, unless on other samples: the tokenizer was another, say."""
+        if content.get("samples") != self._samples_sha256:
+            return
         if content["dense"] is not None:
             loss, found = content["dense"]
             self._dense = float(loss), tuple(found)
         self.known = {
             key: Losses(tuple(kl), tuple(found)) for key, (kl, found) in content["known"].items()
         }
+
+    @property
+    def _samples_sha256(self) -> str:
+        return hashlib.sha256(repr(list(self.samples)).encode()).hexdigest()
 
     def _measure(self, more: Layers) -> Losses:
         losses = self.trial.losses_with(_keeps(more))

@@ -159,7 +159,7 @@ def _calibrated(
     search = course.search(tell)
     try:
         search.run(target, calibration.chance)
-        course.keep()
+        course.end_trial()
     except _OutOfTime:
         return _cut(course, config, calibration.profile_of(search.entries))
     except NothingToTell as error:

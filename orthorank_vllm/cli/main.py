@@ -14,13 +14,14 @@ from orthorank_vllm.compat import add_engine_arguments, argument_parser, import_
 from orthorank_vllm.options import OptionError
 
 # Name: module with `add_arguments(parser)` and `run(arguments) -> exit status`, and what it does.
-# One whose module has TAKES_MODEL = False takes neither a model nor vLLM's options.
 COMMANDS = {
     "calibrate": ("orthorank_vllm.calibrate.command", "choose a model's layers by measurement"),
     "evaluate": ("orthorank_vllm.evaluate.command", "measure what a ratio costs in quality"),
     "bench": ("orthorank_vllm.bench.command", "measure what a ratio gains in speed"),
     "doctor": ("orthorank_vllm.doctor.command", "check this installation, or a running server"),
 }
+# It takes neither a model nor vLLM's options.
+WITHOUT_MODEL = "doctor"
 INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -42,10 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     _quieten_vllm()
     try:
-        module: Any = importlib.import_module(COMMANDS[name][0])
-        if getattr(module, "TAKES_MODEL", True):
-            return _run_on_model(name, module, argv[1:])
-        return _run(name, module, argv[1:])
+        run = _run if name == WITHOUT_MODEL else _run_on_model
+        return run(name, argv[1:])
     except OptionError as error:
         print(f"orthorank {name}: error: {error}", file=sys.stderr)
         return 2
@@ -53,13 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _run_on_model(name: str, module: Any, argv: list[str]) -> int:
+def _run_on_model(name: str, argv: list[str]) -> int:
+    # Before the command's module, which may import parts of it.
     try:
         import_vllm()
     except ImportError as error:
         raise OptionError(
             f"vLLM cannot be imported ({error}); pip install 'orthorank-vllm[vllm]'"
         ) from None
+    module = _module_of(name)
     parser = argument_parser(
         prog=f"orthorank {name}",
         usage=f"orthorank {name} MODEL [options] [vLLM's engine options, such as --dtype]",
@@ -76,11 +77,16 @@ def _run_on_model(name: str, module: Any, argv: list[str]) -> int:
     return int(module.run(arguments))
 
 
-def _run(name: str, module: Any, argv: list[str]) -> int:
-    # Not vLLM's parser: these have to work where vLLM does not.
+def _run(name: str, argv: list[str]) -> int:
+    module = _module_of(name)
+    # Not vLLM's parser: this has to work where vLLM does not.
     parser = argparse.ArgumentParser(prog=f"orthorank {name}", description=module.__doc__)
     module.add_arguments(parser)
     return int(module.run(parser.parse_args(argv)))
+
+
+def _module_of(name: str) -> Any:
+    return importlib.import_module(COMMANDS[name][0])
 
 
 def _quieten_vllm() -> None:

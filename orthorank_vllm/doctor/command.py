@@ -11,7 +11,6 @@ from dataclasses import asdict
 from orthorank_vllm.doctor import installation, server
 from orthorank_vllm.doctor.check import FAILED, lines_of
 
-TAKES_MODEL = False
 KEY_VARIABLE = "OPENAI_API_KEY"
 
 
