@@ -81,7 +81,10 @@ class Engine:
         return self.runner.get_model()
 
     def use(self, rule: Rule) -> None:
-        """Serve by another rule from now on; nothing of what was is remembered."""
+        """Serve by another rule from now on; nothing of what was is remembered.
+
+        The prefix cache goes on to leave out as long a tail as the engine began with.
+        """
         orthorank = self.model.orthorank
         config = replace(orthorank.config, window=rule.window, tail=rule.tail)
         layers = [LayerKeep(*pair) for pair in rule.layers.items()]
