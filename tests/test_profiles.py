@@ -160,6 +160,7 @@ def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
     profile = profile_of(
         smollm2(),
         entries=(Entry(4, 0.0, *costs), Entry(2, 1 / 3, costs[1]), Entry(9, 0.25, None, costs[0])),
+        alone=({"prose": 0.01, "copy": 0.1}, {"prose": 0.5, "copy": 2.0}),
         data={
             "choosing": {"name": "a", "sha256": "0" * 64, "samples": {"prose": 8}, "prompt": 640},
             "held back": {"name": "b", "sha256": "1" * 64, "samples": {"copy": 4}, "answer": 128},

@@ -24,9 +24,17 @@ def configured(model_path: str, orthorank: Any = None, **options: Any) -> VllmCo
 
 
 def test_the_architecture_is_swapped_and_the_options_are_resolved(model_path: str) -> None:
-    config = configured(model_path, {"ratio": 0.3})
+    config = configured(model_path, {"layers": "20:0,21:0,12:1/4,7", "tail": 16})
     assert config.model_config.architecture == "OrthoRankLlamaForCausalLM"
-    assert len(config.additional_config["orthorank"]["layers"]) == 14
+    resolved = config.additional_config["orthorank"]
+    assert resolved["layers"] == [[20, 0.0], [21, 0.0], [12, 0.25], [7, 1 / 3]]
+    assert (resolved["window"], resolved["tail"], resolved["num_layers"]) == (128, 16, 30)
+
+
+def test_a_ratio_takes_the_shipped_profiles_layers(model_path: str) -> None:
+    resolved = configured(model_path, {"ratio": 0.3}).additional_config["orthorank"]
+    assert resolved["source"] == "profile SmolLM2-135M-Instruct"
+    assert sum(1 - keep for _, keep in resolved["layers"]) >= 0.3 * 30 - 1e-9
 
 
 @pytest.mark.parametrize("off", [{"ratio": 0}, {}, {"ratio": 0, "layers": [3]}])

@@ -30,9 +30,9 @@ from tests.support.replay import (
 
 pytestmark = pytest.mark.model
 
-# Of six layers, the last of them dense: it computes rows that are read, and no other. What is left
-# of a prompt is part of its tail, or reaches before it.
-RULE = Rule({1: 1 / 3, 3: 0.0}, window=16, tail=3)
+# Of six layers, the last of them dense: it computes rows that are read, and no other. The cache may
+# leave one token of a prompt only where that is its tail.
+RULE = Rule({1: 1 / 3, 3: 0.0}, window=16, tail=1)
 # 512 tokens of KV cache: enough for each test, few enough to force preemption.
 BLOCK_SIZE, NUM_BLOCKS = 32, 16
 CACHED = 2 * BLOCK_SIZE
@@ -121,7 +121,7 @@ def answer(prompt: list[int], tokens: int = 3, arrives: int = 0) -> Job:
     return Job(prompt, tokens, arrives, want_prompt_logprobs=False)
 
 
-@pytest.mark.parametrize("requests", range(1, 5))
+@pytest.mark.parametrize("requests", [1, 4])
 @pytest.mark.parametrize("left", LEFT)
 def test_requests_with_a_few_prompt_tokens_left_by_the_cache_equal_the_reference(
     engine: Engine, reference: Reference, sparse_steps: list[set[int]], left: int, requests: int
@@ -140,7 +140,7 @@ def test_requests_with_a_few_prompt_tokens_left_by_the_cache_equal_the_reference
     check(run, reference, earlier=list(before.requests.values()))
 
 
-@pytest.mark.parametrize("requests", range(1, 5))
+@pytest.mark.parametrize("requests", [1, 4])
 @pytest.mark.parametrize("left", LEFT)
 def test_requests_with_a_few_prompt_tokens_left_by_a_chunk_equal_the_reference(
     engine: Engine, reference: Reference, monkeypatch: pytest.MonkeyPatch, left: int, requests: int
@@ -211,7 +211,7 @@ def test_a_request_resumed_with_guesses_after_a_preemption_equals_the_reference(
 ) -> None:
     """Break seen: a prompt's last row not read."""
     words = Words(1)
-    jobs = [answer(words.take(100), tokens=70) for _ in range(4)]
+    jobs = [answer(words.take(100), tokens=45) for _ in range(4)]
     run = engine.run(jobs)
     assert any(is_resumed(run, job) for job in jobs), "the KV cache was large enough"
     verified = [part for job in jobs for part in run.chunks(job) if part.num_computed > 100]
@@ -220,7 +220,7 @@ def test_a_request_resumed_with_guesses_after_a_preemption_equals_the_reference(
 
 
 @settings(
-    max_examples=40,
+    max_examples=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     database=None,

@@ -57,7 +57,9 @@ STEPS: list[tuple[dict[int, float], list[dict[int, float]]]] = [
     ({0: 1 / 2, 5: 0.0}, [{}]),
     ({1: 0.0, 5: 0.0}, [{0: 1 / 3}, {3: 0.0, 4: 0.0, 2: 0.0}]),
 ]
-SETS = [{}] + [{**chosen, **more} for chosen, tried in STEPS for more in tried]
+SETS: list[dict[int, float]] = [{}] + [
+    {**chosen, **more} for chosen, tried in STEPS for more in tried
+]
 
 
 class Text(NamedTuple):

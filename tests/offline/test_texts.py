@@ -17,7 +17,7 @@ THIRD = 1 / 3
 Layers = list[tuple[int, float]]
 LAYERS: Layers = [(1, THIRD), (4, 0.25), (3, 0), (5, 0)]
 THIRDS: Layers = [(layer, THIRD) for layer in (1, 3, 4)]
-HALVES: Layers = [(0, 0.5), (2, 0)]
+HALVES: Layers = [(1, 0.5), (2, 0)]
 RULE = {"window": 128, "tail": 16}
 SCORE = """
 from vllm.engine.arg_utils import EngineArgs

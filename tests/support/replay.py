@@ -64,6 +64,8 @@ class Engine:
     """vLLM's engine in this process."""
 
     def __init__(self, model_path: str, **options: Any) -> None:
+        # vLLM compiles a part of its sampler, eager model or not: some seconds in each process.
+        torch._dynamo.config.disable = True
         self.llm = LLM(model_path, dtype="float32", **options)
         engine_core: Any = self.llm.llm_engine.engine_core
         self.core = engine_core.engine_core
@@ -79,7 +81,10 @@ class Engine:
         return self.runner.get_model()
 
     def use(self, rule: Rule) -> None:
-        """Serve by another rule from now on; nothing of what was is remembered."""
+        """Serve by another rule from now on; nothing of what was is remembered.
+
+        The prefix cache goes on to leave out as long a tail as the engine began with.
+        """
         orthorank = self.model.orthorank
         config = replace(orthorank.config, window=rule.window, tail=rule.tail)
         layers = [LayerKeep(*pair) for pair in rule.layers.items()]
