@@ -15,9 +15,11 @@ import time
 
 import numpy as np
 
-from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_WINDOW
+from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_TAIL, DEFAULT_WINDOW
 from orthorank_vllm.selection.plan import Batch, make_plan
 
+# Some layers keep nothing, others a share.
+KEEPS = 0.0, DEFAULT_KEEP
 LENGTH_OF_REQUESTS = {1: 512, 64: 512, 256: 128}
 
 
@@ -40,7 +42,7 @@ def microseconds(batch: Batch, repeats: int) -> float:
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
-        make_plan(batch, DEFAULT_KEEP, DEFAULT_WINDOW)
+        make_plan(batch, KEEPS, DEFAULT_WINDOW, DEFAULT_TAIL)
         times.append(time.perf_counter() - started)
     return 1e6 * statistics.median(times)
 
