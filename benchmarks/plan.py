@@ -15,11 +15,11 @@ import time
 
 import numpy as np
 
-from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_TAIL, DEFAULT_WINDOW
+from orthorank_vllm.options import DEFAULT_TAIL, DEFAULT_WINDOW
 from orthorank_vllm.selection.plan import Batch, make_plan
 
-# Some layers keep nothing, others a share.
-KEEPS = 0.0, DEFAULT_KEEP
+# Of a model some of whose layers keep nothing.
+KEEPS = (0.0, 0.25, 0.5)
 LENGTH_OF_REQUESTS = {1: 512, 64: 512, 256: 128}
 
 

@@ -1,6 +1,6 @@
 """Time vLLM's steps with and without OrthoRank in turn, in one engine.
 
-    python benchmarks/steps.py MODEL [--lengths 32,128,512,2048] [--pairs 20]
+    python benchmarks/steps.py MODEL [--lengths 128,512,2048] [--pairs 20] [--layers 7:1/3,26:0]
     python benchmarks/steps.py --shapes llama-3-8b --tokens 32768 --attention gather,triton
 
 Two engines of the same vLLM differ by more than what is looked for here: what memory each happens
@@ -229,6 +229,7 @@ def start(arguments: argparse.Namespace, lengths: list[int], folder: str) -> Eng
     from vllm import LLM
     from vllm.platforms import current_platform
 
+    chosen = {"layers": arguments.layers} if arguments.layers else {"ratio": RATIO}
     is_gpu = current_platform.device_type == "cuda"
     room = max(*lengths, DECODE_PROMPT) + DECODED
     # On a GPU vLLM's defaults; on a CPU one step for each prompt.
@@ -244,7 +245,7 @@ def start(arguments: argparse.Namespace, lengths: list[int], folder: str) -> Eng
             skip_tokenizer_init=True,
             max_model_len=room,
             enable_prefix_caching=False,
-            additional_config={"orthorank": {"ratio": RATIO, "attention": arguments.attention[0]}},
+            additional_config={"orthorank": {**chosen, "attention": arguments.attention[0]}},
             **options,
         ),
         is_gpu,
@@ -258,7 +259,8 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="a folder or hub name, as for vLLM")
     parser.add_argument("--shapes", choices=SHAPES, help="in place of a model, with random weights")
     parser.add_argument("--load-format", default="auto", help="vLLM's; dummy: random weights")
-    parser.add_argument("--lengths", default="32,128,512,2048", help="of prompts, in tokens")
+    parser.add_argument("--layers", help=f"OrthoRank's; without, what it takes at ratio {RATIO}")
+    parser.add_argument("--lengths", default="128,512,2048", help="of prompts, in tokens")
     parser.add_argument("--pairs", type=int, default=20, help="of forwards, at each length")
     parser.add_argument("--tokens", type=int, default=0, help="at once, in as many prompts as fit")
     parser.add_argument("--attention", default="auto", help="OrthoRank's, one or more of them")

@@ -82,6 +82,8 @@ class Profile:
         entries: the one that costs least first.
         window, tail: of the rule that it was measured with.
         weights: fingerprint of those measured on (`model.fingerprint`); None if there is none.
+        alone: of each layer, what it costs by itself with keep 0, in nats per token by kind of
+            text; on few samples.
         data: of the texts, by what they were for, "name", "sha256" and the samples of each kind.
     """
 
@@ -92,6 +94,7 @@ class Profile:
     tail: int
     method: str = "orthorank"
     weights: str | None = None
+    alone: tuple[Mapping[str, float], ...] = ()
     data: dict[str, Any] | None = None
     dtype: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -302,4 +305,5 @@ def _from_json(content: Any) -> Profile:
     if any(layer >= num_layers for layer in layers) or len(set(layers)) < len(layers):
         raise ProfileError(f'its "entries" must hold different layer indices below {num_layers}')
     fields = {key: value for key, value in content.items() if key != "format"}
-    return Profile(**{**fields, "entries": tuple(map(_entry_of, content["entries"]))})
+    entries, alone = map(_entry_of, content["entries"]), content.get("alone", ())
+    return Profile(**{**fields, "entries": tuple(entries), "alone": tuple(alone)})

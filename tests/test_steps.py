@@ -27,13 +27,14 @@ def run(*arguments: str | Path) -> list[str]:
 
 
 @pytest.mark.model
-def test_both_paths_and_the_plugins_part_of_decoding_are_timed(model_path: str) -> None:
-    lines = run(model_path, "--lengths", "150")
+def test_both_paths_and_the_plugins_part_of_decoding_are_timed(small_model_path: str) -> None:
+    lines = run(small_model_path, "--lengths", "150", "--layers", "1:1/3,3:0")
     results = json.loads(lines[-1])
     [prompts] = results["prompts"]
     assert prompts["work"] == "150 tokens"
     assert 0 < prompts["plan"] + prompts["selection"] < prompts["sparse"] < 10 * prompts["stock"]
     assert min(prompts["plan"], prompts["selection"]) > 0
+    assert results["ratio"] == pytest.approx((2 / 3 + 1) / 6)
     low, median, high = prompts["times_as_fast"]
     assert 0 < low <= median <= high
     assert [row["batch"] for row in results["decoding"]] == [1, 8, 64]

@@ -4,7 +4,7 @@ import datetime
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from orthorank_vllm.calibrate.text import Text
 from orthorank_vllm.files import write_whole
 from orthorank_vllm.offline.workers import Workers, WorkersTrial
 from orthorank_vllm.options import OptionError
-from orthorank_vllm.profiles import Profile, model_identity
+from orthorank_vllm.profiles import Entry, Profile, model_identity
 from orthorank_vllm.selection.method import Method
 
 PROMPT = 640
@@ -110,12 +110,15 @@ class Calibration:
         """What two measurements must share to be one."""
         return self.profile_of(()).identity
 
-    def profile_of(self, entries: Any) -> Profile:
-        """The profile of what has been chosen so far."""
+    def profile_of(
+        self, entries: Sequence[Entry], alone: Sequence[Mapping[str, float]] = ()
+    ) -> Profile:
+        """The profile of what has been chosen so far, and of what each layer costs alone."""
         return Profile(
             name=self.name,
             model=self.model,
             entries=tuple(entries),
+            alone=tuple(alone),
             window=self.method.window,
             tail=self.method.tail,
             method=self.method.name,
@@ -192,6 +195,15 @@ class Course:
             self.path = None
             self.on_unkept(error)
 
+    def end_trial(self) -> None:
+        """Keep what was measured, and tell of it; to be called after the last trial.
+
+        Raises:
+            OSError: see `keep`.
+        """
+        self.keep()
+        self.on_trial()
+
     def _open(self, name: str) -> WorkersTrial:
         calibration = self.calibration
         return WorkersTrial(
@@ -200,8 +212,7 @@ class Course:
 
     def _between(self) -> None:
         if self.trials:
-            self.keep()
-            self.on_trial()
+            self.end_trial()
         self.trials += 1
         self.before_trial()
 

@@ -23,10 +23,15 @@ from orthorank_vllm.compat import cache_root
 from orthorank_vllm.config import describe
 from orthorank_vllm.files import check_writable
 from orthorank_vllm.offline.workers import Workers
-from orthorank_vllm.options import RATIO, OptionError
+from orthorank_vllm.options import AUTO, RATIO, OptionError
 from orthorank_vllm.profiles import Profile, ProfileError, cached_path, kept_folder, read_profile
 
 DEFAULT_MAX_RATIO = 0.5
+MAX_RATIO = replace(
+    RATIO,
+    holds=lambda ratio: ratio != AUTO and 0 < ratio < 1,
+    allowed="give a number above 0 and below 1",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,9 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     from orthorank_vllm.offline.workers import loaded_workers, measuring_config, tokenizer_of
 
     method = rule_of(arguments)
-    max_ratio = RATIO.parse(arguments.max_ratio, "--max-ratio")
-    if not isinstance(max_ratio, float) or not max_ratio:
-        raise OptionError("--max-ratio", arguments.max_ratio, "give a number above 0 and below 1")
+    max_ratio = MAX_RATIO.parse(arguments.max_ratio, "--max-ratio")
     samples = parse_count("--samples", arguments.samples, least=1) if arguments.samples else None
     text = read_text(arguments.data) if arguments.data else built_in_text()
     held_back = held_back_text()
@@ -117,11 +120,16 @@ def measure(workers: Workers, calibration: Calibration, max_ratio: float, output
     """
     path = measurements_of(output)
     with SearchBar(max_ratio) as bar:
-        course = Course(calibration, workers, path, on_trial=lambda: bar.update(search.ratio))
+        course = Course(
+            calibration,
+            workers,
+            path,
+            on_trial=lambda: bar.update(search.ratio, course.trials),
+        )
         search = course.search()
         try:
             search.run(max_ratio, calibration.chance)
-            course.keep()
+            course.end_trial()
         except NothingToTell as error:
             bar.close()
             path.unlink(missing_ok=True)
@@ -132,15 +140,15 @@ def measure(workers: Workers, calibration: Calibration, max_ratio: float, output
             ) from None
         except KeyboardInterrupt:
             bar.close()
-            print(
-                f"stopped at ratio {search.ratio:.3f} of {max_ratio:.3g}; what was measured is "
-                f"kept in {path}: run the same command again to go on",
-                file=sys.stderr,
-            )
+            kept = "nothing was measured"
+            if path.exists():
+                kept = f"what was measured is kept in {path}: run the same command again to go on"
+            told = f"stopped at ratio {search.ratio:.3f} of {max_ratio:.3g}; {kept}"
+            print(told, file=sys.stderr)
             raise
         except OSError as error:
             raise _unwritable(path, error) from None
-    profile = calibration.profile_of(search.entries)
+    profile = calibration.profile_of(search.entries, search.alone)
     try:
         profile.write(output)
     except OSError as error:

@@ -189,8 +189,8 @@ def _words_of(text: Text) -> list[str]:
     words = sorted(word for word in found if word == word.lower())
     if len(words) < FEWEST_LINES:
         raise OptionError(
-            f"--data {text.name}: it has {len(words)} different words of five to nine letters, "
-            f"{FEWEST_LINES} are needed for a list; give ordinary text"
+            f"{text.option} {text.name}: it has {len(words)} different words of five to nine "
+            f"letters, {FEWEST_LINES} are needed for a list; give ordinary text"
         )
     return words
 
@@ -229,7 +229,7 @@ def _passages(
         last = max(last - length // 2 - 1, 0)
     if not piece(last):
         raise OptionError(
-            f"--data {text.name}: it is too short, a stretch of {length} tokens is needed; "
+            f"{text.option} {text.name}: it is too short, a stretch of {length} tokens is needed; "
             "give more text"
         )
     shift = numbers.random()

@@ -1,5 +1,6 @@
 """Losses of choices of layers on some samples, kept as they are measured."""
 
+import hashlib
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -153,15 +154,22 @@ class Measured:
     def as_dict(self) -> dict[str, Any]:
         """What is known, in JSON types; `restore` takes it back."""
         known = {key: [losses.kl, losses.found] for key, losses in self.known.items()}
-        return {"dense": self._dense, "known": known}
+        return {"samples": self._samples_sha256, "dense": self._dense, "known": known}
 
     def restore(self, content: Mapping[str, Any]) -> None:
+        """Take what was measured, unless on other samples: the tokenizer was another, say."""
+        if content.get("samples") != self._samples_sha256:
+            return
         if content["dense"] is not None:
             loss, found = content["dense"]
             self._dense = float(loss), tuple(found)
         self.known = {
             key: Losses(tuple(kl), tuple(found)) for key, (kl, found) in content["known"].items()
         }
+
+    @property
+    def _samples_sha256(self) -> str:
+        return hashlib.sha256(repr(list(self.samples)).encode()).hexdigest()
 
     def _measure(self, more: Layers) -> Losses:
         losses = self.trial.losses_with(_keeps(more))

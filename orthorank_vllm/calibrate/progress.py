@@ -15,14 +15,12 @@ class SearchBar:
             bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed} gone",
             dynamic_ncols=True,
         )
-        self._tried = 0
         self.update(0.0, tried=0)
 
-    def update(self, ratio: float, tried: int = 1) -> None:
-        """Move the bar; to be called after each trial."""
-        self._tried += tried
+    def update(self, ratio: float, tried: int) -> None:
+        """Move the bar to where a search is; to be called after each trial, and in the end."""
         self._bar.set_description_str(
-            f"ratio {ratio:.3f} of {self._max_ratio:.3g}, {self._tried} tried", refresh=False
+            f"ratio {ratio:.3f} of {self._max_ratio:.3g}, {tried} tried", refresh=False
         )
         self._bar.update(min(ratio, self._max_ratio) - self._bar.n)
         self._bar.refresh()

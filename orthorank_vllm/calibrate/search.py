@@ -4,6 +4,7 @@ Every step measures sets, as single costs do not add up. What each layer costs a
 which few to try. In the spirit of SLEB (arXiv 2402.09025), by the loss that a served answer has.
 """
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping
@@ -18,8 +19,9 @@ from orthorank_vllm.profiles import Entry
 NONE, SIXTH, THIRD, HALF = 0.0, 1 / 6, 1 / 3, 1 / 2
 KEEPS = (NONE, SIXTH, THIRD, HALF)
 FINER = {HALF: THIRD, THIRD: SIXTH}
-# Sets that a step tries, beside finer keeps of the best.
-BREADTH = 3
+# Sets that a step tries, beside finer keeps of the best: at least so many, and more where they cost
+# little time, which late layers do, up to so many and as many passes through the model.
+LEAST_TRIED, MOST_TRIED, PASSES = 3, 6, 1.5
 # Two layers are taken at once where together they cost no more than this many times their sum.
 TOGETHER = 1.25
 # Of the median layer's cost at keep 0: above it keep 1/2 is looked at, too.
@@ -73,6 +75,13 @@ class Search:
     def ratio(self) -> float:
         """The ratio reached so far."""
         return ratio_of(self.chosen, self.num_layers)
+
+    @property
+    def alone(self) -> tuple[Mapping[str, float], ...]:
+        """What each layer costs by itself with keep 0, by kind of text."""
+        layers = [LayerKeep(layer, NONE) for layer in range(self.num_layers)]
+        measured = self.scout.of((), layers)
+        return tuple(self.scout.cost(measured[layer]).loss for layer in layers)
 
     def run(self, max_ratio: float, chance: float = math.inf) -> None:
         """Search until a ratio is reached, or every layer is chosen.
@@ -142,7 +151,9 @@ class Search:
         free = [each for each in self.added if each.layer not in taken]
         first = [each for each in free if each.layer not in self.put_off] or free
         first.sort(key=lambda each: (self.added[each] / _saved(each), -each.layer))
-        return first[:BREADTH]
+        passes = itertools.accumulate(1 - each.layer / self.num_layers for each in first)
+        affordable = sum(total <= PASSES for total in passes)
+        return first[: min(max(affordable, LEAST_TRIED), MOST_TRIED)]
 
     def _added(self, losses: Losses) -> float:
         return self.here.mean(losses) - self.here.mean(self.here.of_all(self.chosen))

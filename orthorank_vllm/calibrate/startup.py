@@ -159,7 +159,7 @@ def _calibrated(
     search = course.search(tell)
     try:
         search.run(target, calibration.chance)
-        course.keep()
+        course.end_trial()
     except _OutOfTime:
         return _cut(course, config, calibration.profile_of(search.entries))
     except NothingToTell as error:
@@ -170,7 +170,7 @@ def _calibrated(
         )
     finally:
         workers.call(worker_calls.forget_texts)
-    profile = calibration.profile_of(search.entries)
+    profile = calibration.profile_of(search.entries, search.alone)
     logger.info(
         "OrthoRank chose its layers in %.0f s, with %d trials.",
         time.monotonic() - start,

@@ -42,11 +42,13 @@ class Text:
 
     Attributes:
         sha256: of the file's bytes, so that calibration and test can be told apart.
+        option: that it was, or could have been, given with.
     """
 
     name: str
     content: str
     sha256: str
+    option: str = "--data"
 
 
 def built_in_text() -> Text:
@@ -64,7 +66,8 @@ def held_back_text() -> Text:
     """
     folder = Path(os.__file__).parent
     content = "\n\n".join((folder / name).read_text(encoding="utf-8") for name in HELD_BACK_FILES)
-    return Text(HELD_BACK, content, hashlib.sha256(content.encode()).hexdigest())
+    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    return Text(HELD_BACK, content, sha256, "--held-back")
 
 
 def read_text(path: str, option: str = "--data") -> Text:
@@ -85,7 +88,7 @@ def read_text(path: str, option: str = "--data") -> Text:
         content = "\n\n".join(texts)
     if not content.strip():
         raise OptionError(f"{option} {path}: it is empty; give UTF-8 text or JSON lines")
-    return Text(Path(path).name, content, sha256)
+    return Text(Path(path).name, content, sha256, option)
 
 
 def read_utf8(path: str, option: str, wanted: str) -> tuple[str, str]:

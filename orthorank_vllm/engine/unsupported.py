@@ -89,6 +89,15 @@ def _data_parallel_experts(vllm_config: Any) -> object:
     return size if vllm_config.model_config.is_moe else None
 
 
+def _scheduler(vllm_config: Any) -> object:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    asked = vllm_config.scheduler_config.scheduler_cls
+    if asked is None or issubclass(vllm_config.scheduler_config.get_scheduler_cls(), Scheduler):
+        return None
+    return asked if isinstance(asked, str) else asked.__qualname__
+
+
 REFUSALS = (
     Refusal("device", _device, "it is written for CPU and for NVIDIA's GPUs"),
     Refusal(
@@ -201,6 +210,12 @@ REFUSALS = (
         "--calculate-kv-scales",
         lambda c: getattr(c.cache_config, "calculate_kv_scales", False) or None,
         "scales are calculated by the stock attention, which a selective layer may not call",
+    ),
+    Refusal(
+        "--scheduler-cls",
+        _scheduler,
+        "a prompt's tail is kept out of the prefix cache by vLLM's Scheduler, which this does not "
+        "derive from",
     ),
     Refusal(
         "--enable-sleep-mode",

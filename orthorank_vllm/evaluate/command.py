@@ -78,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
             results.profiles[Method.name] = profile
             check_weights(profile, model, weights, args.rule, arguments.profile is not None)
         if Prune.name in args.methods and chosen:
+            _compare_texts(profile, args)
             most = max(chosen)
             results.profiles[Prune.name] = _pruned(
                 workers, model_config, tokenizer, weights, most, args
@@ -156,6 +157,17 @@ def _chosen(args: EvaluateArgs, profile: Profile | None, num_layers: int) -> dic
     return chosen
 
 
+def _compare_texts(profile: Profile | None, args: EvaluateArgs) -> None:
+    """Say if the rule's layers and those to prune are chosen on different texts."""
+    texts = (profile.data if profile is not None else None) or {}
+    if "calibration" in texts and texts["calibration"]["sha256"] != args.calibration.sha256:
+        print(
+            f"note: the layers to prune are chosen on {args.calibration.name}, and the profile "
+            f"was on {texts['calibration']['name']}; --calibration-data gives both the same",
+            file=sys.stderr,
+        )
+
+
 def _pruned(
     workers: Any,
     model_config: Any,
@@ -167,6 +179,7 @@ def _pruned(
     """The order in which whole layers are left out: its own search, kept in the folder."""
     from orthorank_vllm.calibrate.calibration import Calibration
     from orthorank_vllm.calibrate.command import known_profile, measure
+    from orthorank_vllm.offline import worker_calls
 
     calibration = Calibration.of(
         model_config,
@@ -181,7 +194,10 @@ def _pruned(
     if known is not None and max(known.ratios, default=0.0) > max_ratio - 1e-9:
         return known
     print("choosing the layers to prune, as `orthorank calibrate` chooses", file=sys.stderr)
-    return measure(workers, calibration, max_ratio, output)
+    try:
+        return measure(workers, calibration, max_ratio, output)
+    finally:
+        workers.call(worker_calls.forget_texts)
 
 
 def _of_pruning(

@@ -135,6 +135,23 @@ def cost_by_entry(profile: Profile) -> str:
     return svg_of(figure)
 
 
+def cost_alone(profile: Profile) -> str:
+    """What each layer costs by itself, by kind of text; those of the profile are marked."""
+    figure, axes = figure_of(7.2, 3.6)
+    kinds = list(dict.fromkeys(kind for losses in profile.alone for kind in losses))
+    for kind, colour in zip(kinds, COLOURS, strict=False):
+        # Rounding may leave a little less than nothing.
+        losses = [max(losses.get(kind, 0.0), 1e-4) for losses in profile.alone]
+        axes.plot(losses, color=colour, marker="o", markersize=4, label=kind)
+    layers = [entry.layer for entry in profile.entries]
+    marks = {"linestyle": "none", "marker": "^", "markersize": 5, "clip_on": False}
+    level = axes.get_xaxis_transform()
+    axes.plot(layers, [0.0] * len(layers), transform=level, color="#444444", **marks)
+    axes.set(xlabel="layer", ylabel="KL, nats per answer token", yscale="log")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return svg_of(figure)
+
+
 def cosine_map(cosines: Sequence[Sequence[float]], selective: Sequence[int]) -> str:
     """|cos| of each token to the sink, by layer and position; selective layers are marked."""
     figure, axes = figure_of(7.2, 4.6)

@@ -10,6 +10,7 @@ from orthorank_vllm.evaluate.plots import (
     LEAST_KL,
     accuracy_bars,
     cosine_map,
+    cost_alone,
     cost_by_entry,
     dense_of,
     kl_against_ratio,
@@ -187,6 +188,13 @@ def _calibration(profile: Profile | None) -> Iterator[str]:
         "Each entry with all before it, named by its layer: on the text that it was chosen on, and "
         "on text held back.",
     )
+    if profile.alone:
+        yield _figure(
+            "alone",
+            cost_alone(profile),
+            "Each layer alone with keep 0, on few samples; the scale is logarithmic. Marked layers "
+            "are in the profile.",
+        )
 
 
 def _described(runs: Sequence[Run]) -> str:

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from orthorank_vllm.calibrate.kinds import KINDS
 from orthorank_vllm.calibrate.measured import key_of
 from orthorank_vllm.calibrate.search import (
-    BREADTH,
     CARRIES,
     DEAR,
     HALF,
     KEEPS,
+    LEAST_TRIED,
     LUCK,
     LUCK_NATS,
     NOISE_SHARE,
@@ -199,8 +199,8 @@ def test_only_the_few_sets_that_look_best_are_measured() -> None:
     assert [list(chosen) for chosen in search.trials["scout"].tried[:12]] == [
         [layer] for layer in range(12)
     ]
-    first = search.trials["here"].tried[:BREADTH]
-    assert sorted(layer for chosen in first for layer in chosen) == list(range(BREADTH))
+    first = search.trials["here"].tried[:LEAST_TRIED]
+    assert sorted(layer for chosen in first for layer in chosen) == list(range(LEAST_TRIED))
 
 
 def test_a_model_no_better_than_chance_tells_nothing_and_no_layer_is_tried() -> None:

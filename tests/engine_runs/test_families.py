@@ -32,7 +32,7 @@ for name, (path, reference_path, rule, prompts) in cases.items():
     model.config.sliding_window = getattr(
         engine.llm.llm_engine.model_config.hf_config, "sliding_window", None
     )
-    reference = Reference(model, Rule(tuple(rule["layers"]), window=rule["window"]))
+    reference = Reference(model, Rule.of(rule))
     run = engine.run(
         [Job(prompt, max_tokens=3) for prompt in prompts], budget=lambda step: budget
     )
@@ -70,7 +70,7 @@ def random_verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[
     folder = tmp_path_factory.mktemp("families")
     draw = random.Random(3)
     prompts = [[draw.randrange(3, 500) for _ in range(length)] for length in LENGTHS]
-    rule = {"layers": [1, 3, 4], "window": 32}
+    rule = {"layers": [[1, 1 / 3], [3, 0], [4, 1 / 4]], "window": 32, "tail": 5}
     paths = {name: write_random(name, folder / name) for name in FAMILIES}
     cases = {name: (path, path, rule, prompts) for name, path in paths.items()}
     verdicts: dict[str, dict[str, Any]] = Script(SERVE, cases, BUDGET).answer
@@ -92,7 +92,7 @@ def test_real_weights_as_mistral_and_as_mixtral_equal_what_they_are_in_llama(
     folder = tmp_path_factory.mktemp("real")
     lengths = (600, 400, 90)
     taken = [prompts.take(length) for length in lengths]
-    rule = {"layers": [1, 3, 4], "window": 128}
+    rule = {"layers": [[1, 1 / 3], [3, 0], [4, 1 / 4]], "window": 128, "tail": 16}
     paths = {
         "Mistral": write_as_mistral(small_model_path, folder / "mistral", sliding_window=256),
         "Mixtral": write_as_mixtral(small_model_path, folder / "mixtral", experts=4),

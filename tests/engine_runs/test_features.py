@@ -17,10 +17,10 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 from tests.support.reference import Reference, Rule
 from tests.support.replay import Engine, Job, replay
-path, other_path, layers, prompts, choices = arguments
+path, other_path, rule, prompts, choices = arguments
 engine = Engine(
     path, enforce_eager=True, max_model_len=1024,
-    additional_config={"orthorank": {"layers": layers}},
+    additional_config={"orthorank": rule},
 )
 only = SamplingParams(
     temperature=0, max_tokens=20, structured_outputs=StructuredOutputsParams(choice=choices)
@@ -32,7 +32,7 @@ engine.llm.reset_prefix_cache()
 sinks_left = len(engine.model.orthorank._sinks)
 run = engine.run([Job(prompt) for prompt in prompts], budget=lambda step: 120)
 other = AutoModelForCausalLM.from_pretrained(other_path, dtype=torch.float32)
-verdict = replay(run, Reference(other, Rule(tuple(layers))))
+verdict = replay(run, Reference(other, Rule.of(rule)))
 answer({
     "chosen": [output.outputs[0].text for output in chosen],
     "sinks_left": sinks_left,
@@ -42,6 +42,7 @@ answer({
 })
 """
 CHOICES = ["orthogonal", "aligned"]
+RULE = {"layers": [[1, 0.25], [3, 0], [4, 1 / 3]], "window": 128, "tail": 16}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def answer(
     model.save_pretrained(other)
     prompts = Prompts(text_tokens, seed=8)
     taken = [prompts.take(length) for length in (300, 150)]
-    return Script(SERVE, small_model_path, str(other), [1, 3, 4], taken, CHOICES).answer
+    return Script(SERVE, small_model_path, str(other), RULE, taken, CHOICES).answer
 
 
 def test_structured_output_keeps_to_its_choices(answer: dict[str, Any]) -> None:

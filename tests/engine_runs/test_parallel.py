@@ -36,7 +36,7 @@ engine = Engine(
     additional_config={"orthorank": rule},
 )
 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-reference = Reference(model, Rule(tuple(rule["layers"]), window=rule["window"]))
+reference = Reference(model, Rule.of(rule))
 jobs = [Job(prompt, max_tokens=2) for prompt in prompts]
 first = engine.run(jobs, budget=lambda step: 120)
 verdicts = [replay(first, reference)]
@@ -99,12 +99,12 @@ def test_two_ranks_of_a_random_mixtral_equal_the_reference(tmp_path: Path) -> No
     """Break seen: the first rank's selection not handed to the others."""
     draw = random.Random(5)
     prompts = [[draw.randrange(3, 500) for _ in range(length)] for length in (150, 90, 200)]
-    rule = {"layers": [1, 3, 4], "window": 32}
+    rule = {"layers": [[1, 1 / 3], [3, 0], [4, 1 / 3]], "window": 32, "tail": 5}
     check(write_random("Mixtral", tmp_path / "mixtral"), 2, rule, prompts)
 
 
-def test_three_ranks_of_the_real_model_equal_the_reference(
-    model_path: str, prompts: Prompts
+def test_three_ranks_of_real_weights_equal_the_reference(
+    small_model_path: str, prompts: Prompts
 ) -> None:
-    rule = {"layers": [7, 26, 14, 25, 13, 3], "window": 128}
-    check(model_path, 3, rule, [prompts.take(length) for length in (200, 140, 160)])
+    rule = {"layers": [[1, 1 / 3], [3, 0], [4, 1 / 4]], "window": 128, "tail": 16}
+    check(small_model_path, 3, rule, [prompts.take(length) for length in (200, 140, 160)])

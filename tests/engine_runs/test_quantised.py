@@ -14,7 +14,7 @@ from tests.support.scripts import Script
 
 pytestmark = pytest.mark.model
 
-RULE = {"layers": [1, 3, 4]}
+RULE = {"layers": [[1, 1 / 3], [3, 0], [4, 1 / 3]], "window": 128, "tail": 16}
 SERVE = """
 import torch
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -29,7 +29,7 @@ model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 quantize_(model.model, Int8WeightOnlyConfig(version=2))
 jobs = [Job(prompt, max_tokens=2) for prompt in prompts]
 run = engine.run(jobs, budget=lambda step: 200)
-verdict = replay(run, Reference(model, Rule(tuple(rule["layers"]))))
+verdict = replay(run, Reference(model, Rule.of(rule)))
 method = engine.model.model.layers[0].self_attn.qkv_proj.quant_method
 answer({
     "worst": verdict.worst,
@@ -66,8 +66,9 @@ def served():
     told = job.output.prompt_logprobs[1:]
     return torch.tensor([entry[token].logprob for entry, token in zip(told, prompt[1:])])
 
-def computed(*layers):
-    reference = Reference(model, Rule(layers, cache_dtype=cache_dtype))
+def computed(layers):
+    options = {**rule, "layers": layers, "cache_dtype": cache_dtype}
+    reference = Reference(model, Rule.of(options))
     log_probs = reference.start(prompt).forward(0, len(prompt))[:-1]
     return log_probs.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
 
@@ -78,14 +79,15 @@ sparse = served()
 orthorank = engine.model.orthorank
 [slot], _ = orthorank._sinks.reserve(prompt[:1])
 met = orthorank._sinks.rows[:, slot]
-recomputed = sink_states(orthorank._decoder, orthorank._selective, torch.tensor(prompt[:1]))[:, 0]
+scored = [layer for layer, keep in rule["layers"] if keep]
+recomputed = sink_states(orthorank._decoder, scored, torch.tensor(prompt[:1]))[:, 0]
 layer = engine.model.model.layers[0].self_attn
 engine.llm.reset_prefix_cache()
 orthorank.is_paused = True
 dense = served()
 answer({
-    "dense": mean(dense, computed()),
-    "sparse": mean(sparse, computed(*rule["layers"])),
+    "dense": mean(dense, computed([])),
+    "sparse": mean(sparse, computed(rule["layers"])),
     "apart": mean(sparse, dense),
     "sink": float((met - recomputed).norm() / met.norm()),
     "method": type(layer.qkv_proj.quant_method).__name__,

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,36 +65,42 @@ def runs_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def reference_of(model: Any, run: dict[str, Any]) -> Reference:
-    """The dense model, or the one whose layers are left out."""
-    reference = Reference(model, Rule(()))
-    left_out = {layer for layer, _ in run["layers"]}
-    layers = enumerate(reference.layers)
-    reference.layers = [layer for index, layer in layers if index not in left_out]
+    """The model whose layers are selective, or are left out."""
+    layers = dict(run["layers"])
+    if run["method"] != "prune":
+        return Reference(model, Rule(layers))
+    reference = Reference(model, Rule({}))
+    kept = [layer for index, layer in enumerate(reference.layers) if index not in layers]
+    reference.layers = kept
     return reference
 
 
-@pytest.mark.parametrize("method", ["dense", "prune"])
+@pytest.mark.parametrize("method", ["dense", "orthorank", "prune"])
 def test_answers_and_the_whole_text_are_the_references(
     method: str, results: dict[str, Any], model: Any, small_model_path: str, folder: Path
 ) -> None:
     run = runs_of(results)[method]
     reference = reference_of(model, run)
 
-    def log_probs(tokens: list[int]) -> torch.Tensor:
-        found = reference.start(tokens).forward(0, len(tokens))[:-1]
+    def log_probs(tokens: Sequence[int], prompt_len: int) -> torch.Tensor:
+        request = reference.start(tokens[:prompt_len])
+        for token in tokens[prompt_len:]:
+            request.append(token)
+        found = request.forward(0, len(tokens))[:-1]
         return found.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
 
     tokenizer = AutoTokenizer.from_pretrained(small_model_path)
     text = read_text(str(folder / "test.txt"))
     for kind, count in (("prose", 1), ("look-up", 2)):
         samples = make_samples(kind, text, tokenizer, count, PROMPT, ANSWER)
-        of_answers = [log_probs(list(s.tokens))[s.prompt_len - 1 :] for s in samples]
+        of_answers = [log_probs(s.tokens, s.prompt_len)[s.prompt_len - 1 :] for s in samples]
         loss = run["served"][str(PROMPT)][kind]
         assert loss["nats"] == pytest.approx(-float(torch.cat(of_answers).mean()), rel=1e-3)
     tokens = tokenizer(text.content)["input_ids"]
     segments = [tokens[start : start + 256] for start in range(0, len(tokens) - 255, 256)]
     assert results["identity"]["segments"] == {"length": 256, "count": len(segments)}
-    wanted = math.exp(-float(torch.cat([log_probs(segment) for segment in segments]).mean()))
+    of_segments = [log_probs(segment, len(segment)) for segment in segments]
+    wanted = math.exp(-float(torch.cat(of_segments).mean()))
     assert run["perplexity"] == pytest.approx(wanted, rel=1e-3)
 
 
@@ -117,7 +124,7 @@ def test_accuracy_is_that_of_the_models_own_scores(
     results: dict[str, Any], model: Any, small_model_path: str
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(small_model_path)
-    reference = Reference(model, Rule(()))
+    reference = Reference(model, Rule({}))
 
     def score(context: str, continuation: str) -> tuple[float, bool]:
         before, text = tokenizer(context)["input_ids"], tokenizer(context + continuation)

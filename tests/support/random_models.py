@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-# Of their four layers, those that are made selective.
-SELECTIVE = (1, 2)
+# Of their four layers, those that are made selective: a choice of tokens, and none.
+SELECTIVE = "1:1/3,2:0"
+TAIL = 16
 SMALL = {
     "vocab_size": 4096,
     "hidden_size": 512,

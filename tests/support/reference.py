@@ -33,6 +33,17 @@ class Rule:
     tail: int = 64  # last tokens of the prompt that are always updated
     cache_dtype: torch.dtype | None = None  # of K and V, 8 bits; None: as computed
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "Rule":
+        """That of a user's options, the layers as pairs of layer and keep."""
+        return cls(**{**options, "layers": dict(options["layers"])})
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The same for a user to give."""
+        pairs = [list(pair) for pair in self.layers.items()]
+        return {"layers": pairs, "window": self.window, "tail": self.tail}
+
 
 class Reference:
     """The model's arithmetic: one layer's K and V, and one layer's update of some of its tokens."""

@@ -4,15 +4,18 @@ The engine decides the schedule (chunks, prefix-cache hits, preemption); it is
 read off vLLM's own scheduler, and the reference computes the same forwards.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from prometheus_client import REGISTRY
 from vllm import LLM, SamplingParams
 
-from tests.support.reference import Reference, Request
+from orthorank_vllm.options import LayerKeep
+from tests.support.reference import Reference, Request, Rule
 
 TOLERANCE = 1e-3
 # A choice closer than this may fall either way by float noise alone, and then two
@@ -68,8 +71,26 @@ class Engine:
         self.default_budget = self.scheduler.max_num_scheduled_tokens
 
     @property
+    def runner(self) -> Any:
+        return self.core.model_executor.driver_worker.worker.model_runner
+
+    @property
     def model(self) -> Any:
-        return self.core.model_executor.driver_worker.worker.model_runner.get_model()
+        return self.runner.get_model()
+
+    def use(self, rule: Rule) -> None:
+        """Serve by another rule from now on; nothing of what was is remembered."""
+        orthorank = self.model.orthorank
+        config = replace(orthorank.config, window=rule.window, tail=rule.tail)
+        layers = [LayerKeep(*pair) for pair in rule.layers.items()]
+        orthorank.use_layers(config.with_layers(layers, "a test"))
+        self.llm.reset_prefix_cache()
+
+    def forget_sinks(self) -> None:
+        """As after a restart: what is not recomputed is not there."""
+        sinks = self.model.orthorank._sinks
+        sinks.clear()
+        sinks.rows.fill_(torch.nan)
 
     def run(self, jobs: Sequence[Job], budget: Callable[[int], int] | None = None) -> Run:
         """Serve the jobs.
@@ -181,6 +202,30 @@ def replay(run: Run, reference: Reference, earlier: Sequence[Request] = ()) -> V
                     _compare(verdict, job, position, log_probs[position - start])
     verdict.margin = min((request.margin for request in requests.values()), default=math.inf)
     return verdict
+
+
+def check(run: Run, reference: Reference, earlier: Sequence[Request] = ()) -> Verdict:
+    """`replay`, and that the two agree."""
+    verdict = replay(run, reference, earlier)
+    assert verdict.compared
+    assert verdict.worst < TOLERANCE, (
+        "a wrong result"
+        if verdict.margin > SAFE_MARGIN
+        else "perhaps a choice that float noise made: take other prompts"
+    )
+    return verdict
+
+
+def is_resumed(run: Run, job: Job) -> bool:
+    """Whether a job was preempted and began again."""
+    starts = (part.num_computed for part in run.chunks(job))
+    return any(later < earlier for earlier, later in itertools.pairwise(starts))
+
+
+def counted(name: str) -> float:
+    """One of our counters on the registry of this process, which has the engine."""
+    samples = (sample for family in REGISTRY.collect() for sample in family.samples)
+    return sum(sample.value for sample in samples if sample.name == f"orthorank_{name}_total")
 
 
 def _begin(

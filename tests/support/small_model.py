@@ -14,7 +14,7 @@ from orthorank_vllm.attention.kv_cache import write_kv
 from orthorank_vllm.metrics.collector import orthorank_metrics
 from orthorank_vllm.metrics.status import engines_of
 from orthorank_vllm.selection.plan import Batch, Ints
-from tests.support.random_models import SELECTIVE, SMALL
+from tests.support.random_models import SELECTIVE, SMALL, TAIL
 
 # Prompts: of one token, within a window, over several chunks.
 LENGTHS = (1, 2, 100, 129, 700, 3000)
@@ -77,7 +77,7 @@ class SmallModel:
             max_num_seqs=16,
             # Not of all requests together: a later one finds the pages of an earlier one.
             enable_prefix_caching=True,
-            additional_config={"orthorank": {"layers": SELECTIVE}},
+            additional_config={"orthorank": {"layers": SELECTIVE, "tail": TAIL}},
             **options,
         )
         core: Any = self._llm.llm_engine.engine_core
@@ -161,15 +161,14 @@ def forward_differences(model: SmallModel) -> dict[str, float]:
         to attend against vLLM's own; `sparse`: with them, against stock.
     """
     orthorank = model.orthorank
-    config = orthorank.config
     prompts = model.prompts(LENGTHS[1:])
     gathered, ours = (model.log_probs(prompts, way) for way in (model.gather, model.ours))
     orthorank.is_paused = True
     stock = model.log_probs(prompts, model.gather)
     orthorank.is_paused = False
-    orthorank.use_layers(config.with_layers((), "a comparison with stock"))
+    selective, orthorank._selective = orthorank._selective, {}
     dense = model.log_probs(prompts, model.gather)
-    orthorank.use_layers(config)
+    orthorank._selective = selective
     pairs = {"dense": (dense, stock), "ways": (ours, gathered), "sparse": (gathered, stock)}
     return {name: float((one - other).abs().mean()) for name, (one, other) in pairs.items()}
 

@@ -1,0 +1,265 @@
+"""How far vLLM's own scheduler reuses a prompt, for real; only the model is left out."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
+from vllm.v1.metrics.stats import PrefixCacheStats
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from orthorank_vllm.options import OptionError
+from orthorank_vllm.plugin import register
+
+pytestmark = pytest.mark.model
+
+BLOCK, TAIL = 16, 40
+ORTHORANK = {"layers": "29:0,12:1/3", "tail": TAIL}
+OF_A_LAYER = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+FULL = FullAttentionSpec(**OF_A_LAYER)
+SLIDING = SlidingWindowSpec(**OF_A_LAYER, sliding_window=64)
+KINDS = {"full": [FULL], "sliding": [SLIDING], "both": [FULL, SLIDING]}
+
+
+class Server:
+    """An engine's scheduler, and a model that answers with tokens of its own."""
+
+    def __init__(
+        self,
+        model_path: str,
+        orthorank: dict[str, Any] | None,
+        groups: list[KVCacheSpec],
+        blocks: int = 1000,
+        **options: Any,
+    ) -> None:
+        register()
+        additional = {} if orthorank is None else {"orthorank": orthorank}
+        config = EngineArgs(
+            model=model_path,
+            dtype="float32",
+            max_model_len=2048,
+            block_size=BLOCK,
+            async_scheduling=False,
+            skip_tokenizer_init=True,
+            additional_config=additional,
+            **options,
+        ).create_engine_config()
+        config.cache_config.num_gpu_blocks = blocks
+        layers = [KVCacheGroupSpec([f"layer {n}"], group) for n, group in enumerate(groups)]
+        self.scheduler: Any = config.scheduler_config.get_scheduler_cls()(
+            vllm_config=config,
+            kv_cache_config=KVCacheConfig(blocks, kv_cache_tensors=[], kv_cache_groups=layers),
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=BLOCK,
+            log_stats=True,
+        )
+        init_none_hash(sha256)
+        self._hasher = get_request_block_hasher(BLOCK, sha256)
+        self._next_token = 1_000_000
+        # By request, tokens that were there each time that it was let in.
+        self.reused: dict[str, list[int]] = {}
+        self.lookups: list[PrefixCacheStats] = []
+
+    def add(self, prompt: list[int], max_tokens: int = 1, **params: Any) -> Request:
+        """A request that waits."""
+        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **params)
+        name = f"request {len(self.reused)}"
+        request = Request(name, list(prompt), sampling, None, block_hasher=self._hasher)
+        self.reused[name] = []
+        self.scheduler.add_request(request)
+        return request
+
+    def run(self) -> None:
+        """Serve until nothing waits."""
+        while self.scheduler.has_unfinished_requests():
+            step = self.scheduler.schedule()
+            for new in step.scheduled_new_reqs:
+                self.reused[new.req_id].append(new.num_computed_tokens)
+            cached = step.scheduled_cached_reqs
+            for name, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+                if name in cached.resumed_req_ids:
+                    self.reused[name].append(computed)
+            output = self._output(step.num_scheduled_tokens)
+            for told in self.scheduler.update_from_output(step, output).values():
+                if told.scheduler_stats and told.scheduler_stats.prefix_cache_stats.requests:
+                    self.lookups.append(told.scheduler_stats.prefix_cache_stats)
+
+    def serve(self, prompt: list[int], max_tokens: int = 1, **params: Any) -> int:
+        """How many tokens of one request were reused."""
+        request = self.add(prompt, max_tokens, **params)
+        self.run()
+        (reused,) = self.reused[request.request_id]
+        return reused
+
+    def _output(self, scheduled: dict[str, int]) -> ModelRunnerOutput:
+        sampled: list[list[int]] = []
+        for name, count in scheduled.items():
+            request = self.scheduler.requests[name]
+            # The scheduler has counted this step's already.
+            is_whole = request.num_computed_tokens >= request.num_tokens
+            assert count
+            self._next_token += 1
+            sampled.append([self._next_token] if is_whole else [])
+        names = list(scheduled)
+        return ModelRunnerOutput(names, {name: n for n, name in enumerate(names)}, sampled)
+
+
+def down_to_block(tokens: int) -> int:
+    return tokens // BLOCK * BLOCK
+
+
+@pytest.fixture(params=KINDS)
+def groups(request: pytest.FixtureRequest) -> list[KVCacheSpec]:
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def server(model_path: str, groups: list[KVCacheSpec]) -> Server:
+    return Server(model_path, ORTHORANK, groups)
+
+
+LONG = list(range(500, 1000))
+
+
+@pytest.mark.parametrize("length", [TAIL, TAIL + 1, 100, 160, 161, 167, 168, 169, 400])
+def test_of_a_prompt_that_a_longer_one_began_with_all_but_the_tail_is_reused(
+    server: Server, length: int
+) -> None:
+    """A hit ends where a block does, and the tail begins anywhere.
+
+    Breaks seen: no limit; the limit one token too far; the hit cut off at the limit afterwards,
+    which leaves a sliding window without the blocks that it begins with.
+    """
+    server.serve(LONG)
+    assert server.serve(LONG[:length]) == down_to_block(length - TAIL)
+
+
+@pytest.mark.parametrize("length", [1, 20, TAIL - 1, TAIL])
+def test_a_prompt_no_longer_than_the_tail_reuses_nothing(server: Server, length: int) -> None:
+    server.serve(LONG)
+    assert server.serve(LONG[:length]) == 0
+
+
+def test_a_shorter_prompts_tail_is_reused_where_it_is_in_the_middle(server: Server) -> None:
+    server.serve(LONG[:160])
+    assert server.serve(LONG) == 160
+
+
+def test_a_conversation_is_reused_up_to_the_tail_of_its_last_turn(server: Server) -> None:
+    """Break seen: the prompt's length taken for that of the whole request."""
+    turn = server.add(LONG[:160], max_tokens=100)
+    server.run()
+    history = list(turn.all_token_ids)
+    assert len(history) == 260
+    # A short question: the tail begins within the answer. A long one: it begins later.
+    assert server.serve([*history, *range(10)]) == down_to_block(270 - TAIL)
+    # The last token of an answer is never computed.
+    assert server.serve([*history, *range(2000, 2200)]) == down_to_block(259)
+
+
+def test_a_prompt_whose_log_probabilities_are_read_reuses_nothing(server: Server) -> None:
+    server.serve(LONG)
+    assert server.serve(LONG, prompt_logprobs=1) == 0
+
+
+def test_lookups_are_counted_as_by_stock_vllm(server: Server) -> None:
+    """Break seen: a request that says it is shorter than it is."""
+    server.serve(LONG)
+    server.serve(LONG[:300])
+    counts = [(stats.queries, stats.hits) for stats in server.lookups]
+    assert counts == [(len(LONG), 0), (300, down_to_block(300 - TAIL))]
+
+
+def test_a_preempted_request_computes_its_tail_again(model_path: str) -> None:
+    """It and what was generated: its blocks might be those of a longer prompt.
+
+    Break seen: the limit counted back from the tokens that there are by then.
+    """
+    server = Server(model_path, ORTHORANK, [FULL], blocks=40)
+    requests = [server.add(list(range(n * 1000, n * 1000 + 150)), 120) for n in (1, 2, 3)]
+    server.run()
+    resumed = [n for request in requests for n in server.reused[request.request_id][1:]]
+    assert resumed, "there were blocks enough: nothing was preempted"
+    assert max(resumed) <= down_to_block(150 - TAIL)
+    assert max(resumed) > 0
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_whatever_was_served_before_a_tail_is_never_reused(
+    model_path: str, data: st.DataObject
+) -> None:
+    """Prompts that begin alike in all sorts of ways, several at a time, in a cache that is full."""
+    kind = data.draw(st.sampled_from(sorted(KINDS)))
+    server = Server(model_path, ORTHORANK, KINDS[kind], blocks=60)
+    requests = []
+    for _ in range(data.draw(st.integers(2, 8))):
+        same, length = data.draw(st.integers(0, 300)), data.draw(st.integers(1, 300))
+        prompt = LONG[: min(same, length)] + [7] * (length - same)
+        requests.append(server.add(prompt, data.draw(st.integers(1, 60))))
+        if data.draw(st.booleans()):
+            server.run()
+    server.run()
+    for request in requests:
+        most = max(request.num_prompt_tokens - TAIL, 0)
+        assert all(reused <= most for reused in server.reused[request.request_id])
+
+
+@pytest.fixture
+def stock(model_path: str, groups: list[KVCacheSpec]) -> Iterator[Server]:
+    """An engine without OrthoRank in the process of one that has it."""
+    with_orthorank = Server(model_path, ORTHORANK, groups)
+    yield Server(model_path, {"ratio": 0}, groups)
+    with_orthorank.serve(LONG)
+    assert with_orthorank.serve(LONG) == down_to_block(len(LONG) - TAIL)
+
+
+def test_an_engine_without_orthorank_reuses_all_but_the_last_token(stock: Server) -> None:
+    """Breaks seen: the limit put on the class; a limit that one engine leaves for the other."""
+    stock.serve(LONG)
+    for length in (16, 17, 160, 161, 400):
+        assert stock.serve(LONG[:length]) == down_to_block(length - 1)
+    manager = stock.scheduler.kv_cache_manager
+    assert "get_computed_blocks" not in vars(manager)
+    assert "find_longest_cache_hit" not in vars(manager.coordinator)
+
+
+class OtherScheduler:
+    """Looks its requests up in ways of its own."""
+
+
+class DerivedScheduler(Scheduler):
+    """Differs in something else."""
+
+
+@pytest.mark.parametrize("given", [OtherScheduler, f"{__name__}.OtherScheduler"])
+def test_a_scheduler_that_does_not_derive_from_vllms_is_refused(
+    model_path: str, given: Any
+) -> None:
+    with pytest.raises(OptionError, match=r"--scheduler-cls .*OtherScheduler: not possible with"):
+        EngineArgs(
+            model=model_path, scheduler_cls=given, additional_config={"orthorank": ORTHORANK}
+        ).create_engine_config()
+
+
+def test_a_scheduler_that_derives_from_vllms_keeps_tails_out_too(model_path: str) -> None:
+    server = Server(model_path, ORTHORANK, [FULL], scheduler_cls=DerivedScheduler)
+    assert type(server.scheduler) is DerivedScheduler
+    server.serve(LONG)
+    assert server.serve(LONG[:161]) == down_to_block(161 - TAIL)
