@@ -4,15 +4,11 @@ The engine runs in a process of its own and the model is compiled, as a user has
 """
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -25,12 +21,24 @@ from orthorank_vllm.cli.main import main
 from tests.conftest import Prompts
 from tests.support.reference import Reference, Request, Rule
 from tests.support.replay import SAFE_MARGIN, TOLERANCE
+from tests.support.scripts import Script
 from tests.support.servers import API_KEY, NAME, Server, serving
+from tests.support.shipped import Shipped
 
 pytestmark = pytest.mark.server
 
 RATIO = 0.3
-LAYERS = (3, 4, 5, 6, 7, 12, 13, 14, 15, 16, 17, 18, 25, 26)
+SHIPPED = Shipped.at(RATIO)
+CLIENTS = """
+from vllm.entrypoints.cli.main import main
+[commands] = arguments
+done = []
+for words in commands:
+    sys.argv = ["vllm", *words]
+    main()
+    done.append(words[0])
+answer(done)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +51,7 @@ def server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.fixture(scope="module")
 def reference(model_path: str) -> Reference:
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    return Reference(model, Rule(layers=LAYERS))
+    return Reference(model, Rule(SHIPPED.keeps))
 
 
 def reference_logprobs(
@@ -67,14 +75,20 @@ def safe_prompt(reference: Reference, prompts: Prompts, length: int) -> list[int
             return prompt
 
 
-def test_the_start_up_line_says_what_is_run(server: Server) -> None:
-    lines = [line for line in server.log.read_text().splitlines() if "OrthoRank is active" in line]
-    assert len(lines) == 1
+def test_the_start_up_line_says_what_is_run_and_what_answers_lose(server: Server) -> None:
+    [line] = [line for line in server.log.read_text().splitlines() if "OrthoRank is active" in line]
+    losses = ", ".join(f"{kind} {nats:.3f}" for kind, nats in SHIPPED.expected.loss.items())
     assert (
-        "ratio 0.311 (asked for 0.3), keep 0.333, window 128, 14 of 30 layers selective "
-        "[3,4,5,6,7,12,13,14,15,16,17,18,25,26], chosen by profile SmolLM2-135M-Instruct, "
+        f"ratio {SHIPPED.reached:.3f} (asked for 0.3), window 128, tail 64, {len(SHIPPED.keeps)} "
+        f"of 30 layers selective [{SHIPPED.listed}], chosen by profile SmolLM2-135M-Instruct, "
+        f"expected loss {losses} nats a token; {SHIPPED.expected.found:.0%} of numbers found, "
         "attention: cpu"
-    ) in lines[0]
+    ) in line
+
+
+def test_it_warns_if_answers_lose_much(server: Server) -> None:
+    told = server.log.read_text().count("OrthoRank expects answers to lose")
+    assert told == SHIPPED.loses_much
 
 
 def test_a_completion_equals_the_reference(
@@ -98,34 +112,23 @@ def test_a_completion_equals_the_reference(
         assert abs(float(row[token]) - told) < TOLERANCE
 
 
-def test_a_streamed_completion_is_the_same_as_a_whole_one(server: Server) -> None:
-    options: dict[str, Any] = {
-        "model": NAME,
-        "prompt": "The capital of France is",
-        "max_tokens": 12,
-        "temperature": 0,
-    }
-    whole = server.client.completions.create(**options).choices[0].text
-    streamed = [
-        chunk.choices[0].text for chunk in server.client.completions.create(**options, stream=True)
-    ]
-    assert len(streamed) > 1
-    assert "".join(streamed) == whole
-
-
-def test_a_streamed_chat_is_the_same_as_a_whole_one(server: Server) -> None:
-    options: dict[str, Any] = {
-        "model": NAME,
-        "messages": [{"role": "user", "content": "Name three colours of the rainbow."}],
-        "max_tokens": 16,
-        "temperature": 0,
-    }
-    whole = server.client.chat.completions.create(**options).choices[0].message.content
-    streamed = [
-        chunk.choices[0].delta.content or ""
-        for chunk in server.client.chat.completions.create(**options, stream=True)
-    ]
+@pytest.mark.parametrize("kind", ["completion", "chat"])
+def test_a_streamed_answer_is_the_same_as_a_whole_one(server: Server, kind: str) -> None:
+    options: dict[str, Any] = {"model": NAME, "max_tokens": 14, "temperature": 0}
+    question = "Name three colours of the rainbow."
+    create: Any
+    if kind == "chat":
+        create = server.client.chat.completions.create
+        options["messages"] = [{"role": "user", "content": question}]
+        whole = create(**options).choices[0].message.content
+        streamed = [each.choices[0].delta.content or "" for each in create(**options, stream=True)]
+    else:
+        create = server.client.completions.create
+        options["prompt"] = question
+        whole = create(**options).choices[0].text
+        streamed = [each.choices[0].text for each in create(**options, stream=True)]
     assert whole
+    assert len(streamed) > 1
     assert "".join(streamed) == whole
 
 
@@ -163,7 +166,7 @@ def test_the_counts_on_metrics_are_exact(
     assert more["token_updates"] == request.updates
     assert more["token_updates_skipped"] == request.skipped
     by_layer = [more[f"layer_token_updates_skipped {layer}"] for layer in range(30)]
-    assert {layer for layer, skipped in enumerate(by_layer) if skipped} == set(LAYERS)
+    assert {layer for layer, skipped in enumerate(by_layer) if skipped} == SHIPPED.keeps.keys()
     assert sum(by_layer) == request.skipped
     for layer, skipped in enumerate(by_layer):
         assert more[f"layer_token_updates {layer}"] == len(prompt) - skipped
@@ -185,20 +188,23 @@ def test_decoding_counts_as_stock_steps(server: Server) -> None:
     assert steps("stock") - before[1] >= 4
 
 
-def test_metrics_say_what_is_run(server: Server) -> None:
+def test_metrics_say_what_is_run_and_what_answers_lose(server: Server) -> None:
     assert server.metric("orthorank_active") == 1
     [(labels, value)] = server.samples("orthorank_config_info")
     assert value == 1
     assert labels == {
-        "keep": "0.3333",
         "window": "128",
-        "layers": ",".join(map(str, LAYERS)),
+        "tail": "64",
+        "layers": SHIPPED.listed,
         "chosen_by": "profile SmolLM2-135M-Instruct",
         "measured": "true",
         "version": __version__,
     }
     assert server.metric("orthorank_ratio_asked") == RATIO
-    assert server.metric("orthorank_ratio_configured") == pytest.approx(14 / 30 * 2 / 3)
+    assert server.metric("orthorank_ratio_configured") == pytest.approx(SHIPPED.reached)
+    losses = server.samples("orthorank_expected_loss_nats")
+    assert {labels["kind"]: nats for labels, nats in losses} == SHIPPED.expected.loss
+    assert server.metric("orthorank_expected_lookups_found_ratio") == SHIPPED.expected.found
 
 
 def test_vllms_own_metrics_stay(server: Server) -> None:
@@ -216,8 +222,14 @@ def test_the_endpoint_says_what_metrics_say(server: Server) -> None:
     assert told["versions"] == {"orthorank-vllm": __version__, "vllm": version("vllm")}
     [engine] = told["engines"]
     assert (engine["model_name"], engine["engine"]) == (NAME, "0")
-    assert (engine["ratio_asked"], engine["layers"]) == (RATIO, list(LAYERS))
-    assert (engine["keep"], engine["window"], engine["is_measured"]) == (0.3333, 128, True)
+    layers = [(int(layer), keep) for layer, keep in engine["layers"].items()]
+    assert layers == [
+        (layer, pytest.approx(keep, abs=1e-4)) for layer, keep in SHIPPED.keeps.items()
+    ]
+    assert (engine["window"], engine["tail"], engine["is_measured"]) == (128, 64, True)
+    assert engine["expected_loss"] == SHIPPED.expected.loss
+    assert engine["expected_found"] == SHIPPED.expected.found
+    assert engine["ratio_asked"] == RATIO
     assert engine["chosen_by"] == "profile SmolLM2-135M-Instruct"
     for name in ("prefill_tokens", "token_updates", "token_updates_skipped", "flops_saved"):
         assert engine[name] == server.metric(f"orthorank_{name}_total") > 0
@@ -253,13 +265,18 @@ def test_the_endpoint_can_only_be_read(server: Server, method: str) -> None:
 
 
 def test_the_doctor_finds_the_server_well(
-    server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    server: Server,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert main(["doctor", f"{server.url}/v1/", "--api-key", API_KEY, "--json"]) == 0
     checks = json.loads(capsys.readouterr().out)
-    assert {check["what"]: check["state"] for check in checks} == dict.fromkeys(
-        ["server", "OrthoRank", "layers", "ratio", "sinks", "GET /orthorank"], "ok"
-    )
+    of_loss = "warning" if SHIPPED.loses_much else "ok"
+    assert {check["what"]: check["state"] for check in checks} == {
+        **dict.fromkeys(["server", "OrthoRank", "layers", "ratio"], "ok"),
+        "expected loss": of_loss,
+        **dict.fromkeys(["sinks", "GET /orthorank"], "ok"),
+    }
     assert checks[-1]["found"] == "on"
     # Without the key, and with it where vLLM's own clients look for it.
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -270,28 +287,21 @@ def test_the_doctor_finds_the_server_well(
     assert "wants the API key" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "complete --quick hello --max-tokens 4",
-        "chat --quick hello",
-        "bench serve --num-prompts 2 --random-input-len 64 --random-output-len 4 --model MODEL"
-        " --served-model-name NAME --base-url URL",
-    ],
-    ids=lambda words: " ".join(words.split(" --")[0].split()),
-)
-def test_vllms_own_clients_work_with_the_plugin_installed(
-    server: Server, model_path: str, words: str
-) -> None:
-    known = {"URL": server.url, "NAME": NAME, "MODEL": model_path}
-    command = [known.get(word, word) for word in words.split()]
-    if command[0] != "bench":
-        command += ["--url", f"{server.url}/v1", "--api-key", API_KEY]
-    vllm = Path(sys.executable).parent / "vllm"
-    environment = {**os.environ, "OPENAI_API_KEY": API_KEY}
-    run = subprocess.run([vllm, *command], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert "Traceback" not in run.stderr
+def test_vllms_own_clients_work_with_the_plugin_installed(server: Server, model_path: str) -> None:
+    """One after the other, in one process."""
+    to = ["--url", f"{server.url}/v1", "--api-key", API_KEY]
+    random = ["--num-prompts", "2", "--random-input-len", "64", "--random-output-len", "4"]
+    served = ["--model", model_path, "--served-model-name", NAME, "--base-url", server.url]
+    # A chat's answer is as long as the context allows.
+    long = "hello " * 1980
+    commands = [
+        ["complete", "--quick", "hello", "--max-tokens", "4", *to],
+        ["chat", "--quick", long, *to],
+        ["bench", "serve", *random, *served],
+    ]
+    run = Script(CLIENTS, commands, OPENAI_API_KEY=API_KEY)
+    assert run.answer == ["complete", "chat", "bench"], run.output[-4000:]
+    assert "Traceback" not in run.output
 
 
 def test_a_mistake_in_a_request_is_answered_by_vllm(server: Server) -> None:

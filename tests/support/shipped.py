@@ -1,0 +1,41 @@
+"""What the shipped profile makes of the real model, read from its file: it may be measured anew."""
+
+from dataclasses import dataclass
+
+from orthorank_vllm.profiles import Cost, shipped_profiles
+
+[PROFILE] = shipped_profiles()
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """Its entries from the front, until they make a ratio.
+
+    `keeps`: of the selective layers; `listed`: these as a user sees them; `reached`: the ratio that
+    they make; `expected`: what answers lose, on text that nothing was chosen on.
+    """
+
+    keeps: dict[int, float]
+    reached: float
+    expected: Cost
+
+    @classmethod
+    def at(cls, ratio: float) -> "Shipped":
+        keeps: dict[int, float] = {}
+        for entry in PROFILE.entries:
+            keeps[entry.layer] = entry.keep
+            reached = sum(1 - keep for keep in keeps.values()) / PROFILE.num_layers
+            if reached > ratio - 1e-9:
+                assert entry.held_back is not None
+                return cls(keeps, reached, entry.held_back)
+        raise AssertionError(f"the shipped profile does not reach {ratio}")
+
+    @property
+    def listed(self) -> str:
+        return ",".join(f"{layer}:{keep:.4g}" for layer, keep in self.keeps.items())
+
+    @property
+    def loses_much(self) -> bool:
+        """Whether a start has to warn of it."""
+        found = 1.0 if self.expected.found is None else self.expected.found
+        return max(self.expected.loss.values()) > 0.1 or found < 0.95
