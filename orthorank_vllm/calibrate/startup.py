@@ -97,7 +97,7 @@ def _chosen(
         path = cached_path(root, model["config_sha256"], weights, *rule)
     with _alone(path, deadline):
         known = find_profile(model, weights, *rule, root)
-        if known is not None and config.entries_needed(known) is not None:
+        if known is not None and _is_enough(known, config):
             return config.with_profile(known)
         if not config.calibrate_seconds:
             return config.unmeasured(*CALIBRATION_OFF)
@@ -111,6 +111,15 @@ def _chosen(
             config.calibrate_seconds,
         )
         return _calibrated(workers, model_config, config, weights, path, deadline)
+
+
+def _is_enough(profile: Profile, config: OrthoRankConfig) -> bool:
+    """Whether a profile tells all that was asked for."""
+    if config.ratio_asked is not None or not config.calibrate_seconds:
+        return config.entries_needed(profile) is not None
+    # The ratio is to be found, and may lie beyond what was measured for a lower one.
+    is_within = len(config.with_profile(profile).layers) == len(profile.entries)
+    return not is_within or max(profile.ratios, default=0.0) > MOST_BY_ITSELF - 1e-9
 
 
 def _calibrated(

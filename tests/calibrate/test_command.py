@@ -1,36 +1,38 @@
 """`orthorank calibrate`, run as a user would."""
 
+import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orthorank_vllm.calibrate.text import read_text, segments
-from orthorank_vllm.profiles import Profile, read_profile
+from orthorank_vllm.calibrate.command import table
+from orthorank_vllm.options import LayerKeep
+from orthorank_vllm.profiles import Cost, Entry, Profile, read_profile
+from tests.calibrate.small_sizes import SMALL_SIZES
 from tests.support.commands import refusal
 from tests.support.models import WEIGHT_ONLY, fingerprint_of, write_untrained
-from tests.support.reference import Reference, Rule
 
-OPTIONS = ["--dtype", "float32", "--tokens", "1024", "--max-ratio", "0.4", "--window", "64"]
+KINDS = ["prose", "look-up", "copy", "chat"]
+OPTIONS = ["--dtype", "float32", "--samples", "1", "--max-ratio", "0.3", "--window", "32"]
 # Nor is there room for a KV cache, and none is needed.
 ALL_MEMORY = ["--gpu-memory-utilization", "1"]
 INT8 = json.dumps({"quantization_config_dict_json": json.dumps(WEIGHT_ONLY)})
+# What the program does, on less text.
+PROGRAM = f"import sys\nfrom orthorank_vllm.cli.main import main\n{SMALL_SIZES}\nsys.exit(main())"
 
 
-def calibrate(model_path: str, *options: str) -> "subprocess.Popen[str]":
-    program = Path(sys.executable).with_name("orthorank")
-    environment = {**os.environ}
+def calibrate(model_path: str, *options: str, threads: int = 1) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
     return subprocess.Popen(
-        [str(program), "calibrate", model_path, *OPTIONS, *ALL_MEMORY, *options],
+        [sys.executable, "-c", PROGRAM, "calibrate", model_path, *OPTIONS, *ALL_MEMORY, *options],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -38,6 +40,10 @@ def calibrate(model_path: str, *options: str) -> "subprocess.Popen[str]":
         # As in a terminal, also where the tests run in the background.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+
+
+def entries_to_4_digits(profile: Profile) -> list[tuple[LayerKeep, Cost | None, Cost | None]]:
+    return [(entry.layer_keep, entry.cost, entry.held_back) for entry in profile.entries]
 
 
 @pytest.fixture(scope="module")
@@ -50,134 +56,140 @@ def text_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(
+def finished_run(
     small_model_path: str, text_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+) -> tuple[Path, int]:
+    """A profile, and how many sets were tried for it."""
     output = tmp_path_factory.mktemp("profiles") / "small.json"
     process = calibrate(small_model_path, "--data", str(text_path), "-o", str(output))
     stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
     assert f"wrote {output}" in stdout
-    assert "layer 4 of 4 100%" in stderr
-    return output
+    assert table(read_profile(output)) in stdout
+    assert "100% |" in stderr.splitlines()[-1]
+    return output, tried_in(stderr)
+
+
+@pytest.fixture(scope="module")
+def finished(finished_run: tuple[Path, int]) -> Path:
+    return finished_run[0]
 
 
 @pytest.mark.model
-def test_each_step_takes_the_layer_that_raises_the_references_loss_least(
+def test_a_profile_reaches_the_ratio_and_says_what_it_was_made_on(
     finished: Path, small_model_path: str, text_path: Path
 ) -> None:
-    profile = read_profile(finished)
-    tokenizer = AutoTokenizer.from_pretrained(small_model_path)
-    texts = segments(read_text(str(text_path)), tokenizer.encode, tokens=1024, length=512)
-    model = AutoModelForCausalLM.from_pretrained(small_model_path, dtype=torch.float32)
-
-    def loss(*layers: int) -> float:
-        reference = Reference(model, Rule(layers, window=64))
-        losses = []
-        for text in texts:
-            targets = torch.tensor(text[1:])[:, None]
-            losses.append(-reference.start(text).forward(0, 512)[:-1].gather(1, targets))
-        return float(torch.cat(losses).mean())
-
-    assert profile.dense_loss == pytest.approx(loss(), abs=1e-3)
-    assert len(profile.order) == 4
-    chosen: list[int] = []
-    for layer, measured in zip(profile.order, profile.losses, strict=True):
-        losses = {other: loss(*chosen, other) for other in range(6) if other not in chosen}
-        assert measured == pytest.approx(losses[layer], abs=1e-3)
-        assert losses[layer] < min(losses.values()) + 1e-3
-        chosen.append(layer)
-
-
-@pytest.mark.model
-def test_a_profile_says_how_it_was_made(
-    finished: Path, small_model_path: str, text_path: Path
-) -> None:
-    import hashlib
-
     profile = read_profile(finished)
     assert profile.name == "SmolLM2-first-6-layers"
-    assert profile.data == {
+    assert profile.data is not None
+    assert profile.data["calibration"] == {
         "name": "text.txt",
         "sha256": hashlib.sha256(text_path.read_bytes()).hexdigest(),
-        "tokens": 1024,
-        "length": 512,
+        "samples": dict.fromkeys(KINDS, 1),
+        "prompt": 144,
+        "answer": 24,
     }
-    assert (profile.keep, profile.window, profile.method) == (1 / 3, 64, "orthorank")
-    assert profile.weights == fingerprint_of(small_model_path)
-    assert profile.trials == 6 + 5 + 4 + 3
+    assert profile.data["held_back"] | {"sha256": ""} == {
+        "name": "Python's standard library",
+        "sha256": "",
+        "samples": dict.fromkeys(KINDS, 1),
+        "prompt": 144,
+        "answer": 16,
+    }
+    assert (profile.window, profile.tail, profile.method) == (32, 64, "orthorank")
+    assert (profile.weights, profile.dtype) == (fingerprint_of(small_model_path), "float32")
     assert profile.versions.keys() == {"orthorank-vllm", "vllm", "torch"}
+    assert max(profile.ratios) > 0.3 - 1e-9
     assert [path.name for path in finished.parent.iterdir()] == ["small.json"]
 
 
 @pytest.mark.model
-@pytest.mark.parametrize(
-    "options", [["--dtype", "bfloat16"], ["--quantization", "torchao", "--hf-overrides", INT8]]
-)
-def test_what_can_be_served_can_be_calibrated(
-    finished: Path, small_model_path: str, text_path: Path, tmp_path: Path, options: list[str]
+def test_the_last_layer_comes_first_as_it_costs_nothing_and_each_set_costs_more(
+    finished: Path,
 ) -> None:
-    output = tmp_path / "small.json"
-    given = ["--data", str(text_path), "-o", str(output), "--max-ratio", "0.1", *options]
-    process = calibrate(small_model_path, *given)
-    _, stderr = process.communicate()
-    assert process.returncode == 0, stderr
-    exact, found = read_profile(finished).dense_loss, read_profile(output).dense_loss
-    assert found != exact
-    assert found == pytest.approx(exact, abs=0.2)
+    entries = read_profile(finished).entries
+    assert entries[0].layer_keep == (5, 0)
+    for entry in entries:
+        for cost in (entry.cost, entry.held_back):
+            assert cost is not None
+            assert list(cost.loss) == KINDS
+    costs = [sum(entry.cost.loss.values()) for entry in entries if entry.cost]
+    assert costs[0] == 0 < costs[-1]
+    assert costs == sorted(costs)
 
 
 @pytest.mark.model
-def test_a_stopped_calibration_goes_on_where_it_was(
-    finished: Path, small_model_path: str, text_path: Path, tmp_path: Path
+def test_an_interrupted_calibration_goes_on_to_what_one_with_more_threads_finds(
+    finished_run: tuple[Path, int], small_model_path: str, text_path: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "small.json"
-    unfinished = tmp_path / "small.json.unfinished"
+    """Both halves have two threads, and `finished` has one."""
+    output, kept = tmp_path / "small.json", tmp_path / "small.json.measured"
     options = ["--data", str(text_path), "-o", str(output)]
-    process = calibrate(small_model_path, *options)
-    until = time.monotonic() + 120
-    while time.monotonic() < until and not (
-        unfinished.exists() and json.loads(unfinished.read_text())["trials"] >= 8
-    ):
-        time.sleep(0.02)
+    process = calibrate(small_model_path, *options, threads=2)
+    until = time.monotonic() + 300
+    while time.monotonic() < until and process.poll() is None and num_kept(kept) < 8:
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()
     assert process.returncode == 130, stderr
-    assert f"1 of 4 layers are kept in {unfinished}" in stderr
+    assert "stopped at ratio 0." in stderr
+    assert f"of 0.3; what was measured is kept in {kept}: run the same command again" in stderr
     assert "Traceback" not in stderr
     assert not output.exists()
-    kept = read_profile(unfinished)
-    assert kept.tried
+    before = num_kept(kept)
 
-    process = calibrate(small_model_path, *options)
+    process = calibrate(small_model_path, *options, threads=2)
     _, stderr = process.communicate()
     assert process.returncode == 0, stderr
-    assert "going on from 1 of 4 layers" in stderr
-    assert not unfinished.exists()
-    whole, found = read_profile(finished), read_profile(output)
-    assert (found.order, found.losses, found.trials) == (whole.order, whole.losses, whole.trials)
+    assert not kept.exists()
+    whole_path, tried = finished_run
+    assert entries_to_4_digits(read_profile(output)) == entries_to_4_digits(
+        read_profile(whole_path)
+    )
+    assert 0 < tried_in(stderr) <= tried - before
+
+
+def tried_in(progress: str) -> int:
+    """How many sets were tried in the end."""
+    return int(re.findall(r"(\d+) tried", progress)[-1])
+
+
+def num_kept(path: Path) -> int:
+    """How many sets a file of measurements has."""
+    if not path.exists():
+        return 0
+    measured = json.loads(path.read_text())["measured"]
+    return sum(len(each["known"]) for each in measured.values())
 
 
 @pytest.mark.model
-def test_what_was_measured_is_not_measured_again_on_the_same_weights(
-    finished: Path, small_model_path: str, text_path: Path, tmp_path: Path
+def test_what_was_measured_is_not_measured_again(
+    finished: Path, small_model_path: str, text_path: Path
 ) -> None:
-    """Break seen: weights not told apart, a fine-tune "had these layers already"."""
     before = finished.read_bytes()
-    options = ["--data", str(text_path), "-o"]
-    process = calibrate(small_model_path, *options, str(finished))
+    options = ["--data", str(text_path), "-o", str(finished), "--max-ratio", "0.2"]
+    process = calibrate(small_model_path, *options)
     stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
-    assert "has these 4 layers already" in stdout
+    count = len(read_profile(finished).entries)
+    assert f"{finished} has these {count} layers already, measured as now" in stdout
     assert finished.read_bytes() == before
 
-    others = tmp_path / "others.json"
-    replace(read_profile(finished), weights="0" * 64).write(others)
-    process = calibrate(small_model_path, *options, str(others))
-    stdout, stderr = process.communicate()
+
+@pytest.mark.model
+def test_what_can_be_served_can_be_calibrated(
+    finished: Path, small_model_path: str, text_path: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "small.json"
+    narrow = ["--dtype", "bfloat16", "--quantization", "torchao", "--hf-overrides", INT8]
+    given = ["--data", str(text_path), "-o", str(output), "--max-ratio", "0.1"]
+    process = calibrate(small_model_path, *given, *narrow)
+    _, stderr = process.communicate()
     assert process.returncode == 0, stderr
-    assert f"wrote {others}" in stdout
-    assert read_profile(others).weights == fingerprint_of(small_model_path)
+    exact, found = read_profile(finished), read_profile(output)
+    assert found.dtype == "bfloat16"
+    assert found.entries[0].layer_keep == exact.entries[0].layer_keep
+    assert found.identity != exact.identity
 
 
 @pytest.mark.model
@@ -200,19 +212,29 @@ def test_a_model_no_better_than_chance_is_refused_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--max-ratio", "0.9"], "--max-ratio 0.9: not allowed, it makes 8 of this model's 6"),
-        (["--max-ratio", "half"], "--max-ratio half: not allowed, give a number from 0"),
-        (["--keep", "0"], "--keep 0: not allowed, give a number above 0"),
+        (["--max-ratio", "1"], "--max-ratio 1: not allowed, give a number above 0 and below 1"),
+        (["--max-ratio", "0"], "--max-ratio 0: not allowed, give a number above 0 and below 1"),
+        (["--max-ratio", "auto"], "--max-ratio auto: not allowed, give a number above 0"),
+        (["--max-ratio", "nan"], "--max-ratio nan: not allowed, give a number above 0"),
         (["--window", "-1"], "--window -1: not allowed, give a whole number"),
-        (["--tokens", "12"], "--tokens 12: not allowed, give a whole number from 512"),
-        (["--breadth", "0"], "--breadth 0: not allowed, give a whole number from 1"),
+        (["--tail", "0"], "--tail 0: not allowed, give a whole number of tokens from 1"),
+        (["--samples", "0"], "--samples 0: not allowed, give a whole number from 1"),
+        (["--samples", "few"], "--samples few: not allowed, give a whole number from 1"),
         (["--data", "/nowhere.txt"], "--data /nowhere.txt: it cannot be read (No such file"),
-        (["--data", "{short}"], "it is too short, 4 stretches of 512 tokens are needed"),
+        (["--data", "{short}"], "--data short.txt: it is too short, a stretch of "),
+        (["--held-back", "/nowhere.txt"], "--held-back /nowhere.txt: it cannot be read"),
+        (["--held-back", "{short}"], "--held-back short.txt: it is too short, a stretch of "),
+        (
+            ["--data", "{short}", "--held-back", "{short}"],
+            "--held-back short.txt: it is the text that layers are chosen on; give another",
+        ),
         (["-o", "/proc/none/profile.json"], "-o /proc/none/profile.json: it cannot be written"),
         (["-o", "{folder}"], "it cannot be written (it is a folder)"),
-        (["-o", "{old}"], "its format is 1 and this orthorank-vllm reads 4"),
+        (["-o", "{old}"], "its format is 1 and this orthorank-vllm reads 5"),
+        (["-o", "{short}"], "short.txt: it is not JSON"),
         (["--load-format", "dummy"], "--load-format dummy: not possible here, it loads no weights"),
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2: not possible here"),
+        (["--hf-overrides", '{"max_position_embeddings": 512}'], "and it has 512 positions"),
     ],
 )
 def test_bad_input_is_named_in_one_line(
@@ -256,7 +278,7 @@ def test_a_full_disk_leaves_the_old_profile(
         pytest.skip("only root may mount a file system")
     try:
         output = folder / "small.json"
-        Profile("old", {**read_profile(finished).model}, (1,), 0.5, 64).write(output)
+        Profile("old", {**read_profile(finished).model}, (Entry(1, 0.0),), 32, 64).write(output)
         before = output.read_bytes()
         filler = subprocess.run(
             ["dd", "if=/dev/zero", f"of={folder / 'filler'}", "bs=4k"],
@@ -268,9 +290,24 @@ def test_a_full_disk_leaves_the_old_profile(
         process = calibrate(small_model_path, "--data", str(text_path), "-o", str(output))
         _, stderr = process.communicate()
         assert process.returncode == 2
-        assert "it cannot be written (No space left on device)" in stderr
+        [line] = [line for line in stderr.splitlines() if "orthorank calibrate: error" in line]
+        assert "it cannot be written (No space left on device)" in line
         assert "Traceback" not in stderr
         assert output.read_bytes() == before
         assert {path.name for path in folder.iterdir()} == {"small.json", "filler"}
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_the_table_tells_what_answers_lose_on_held_back_text() -> None:
+    entries = (
+        Entry(29, 0.0, Cost({"prose": 0.1}, 1.0), Cost({"prose": 0.25, "look-up": 0.5}, 0.9)),
+        Entry(3, 1 / 3, Cost({"prose": 0.125}), None),
+        Entry(4, 1 / 2),
+    )
+    lines = table(Profile("m", {"num_hidden_layers": 10}, entries, 128, 64)).splitlines()
+    assert [" ".join(line.split()) for line in lines[1:]] == [
+        "29 0 0.100 prose 0.250, look-up 0.500 nats a token; 90% of numbers found",
+        "3 0.333 0.167 prose 0.125 nats a token",
+        "4 0.5 0.217",
+    ]

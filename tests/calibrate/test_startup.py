@@ -1,5 +1,10 @@
-"""Engines that calibrate themselves when they first start."""
+"""Engines that choose their layers by measurement when they first start.
 
+Starting costs more than measuring here. So one engine of `engine` starts again and again, from the
+moment at which its weights are loaded, with other options, caches and mishaps.
+"""
+
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,77 +12,241 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orthorank_vllm.profiles import read_profile
-from tests.support.models import fingerprint_of, write_untrained
-from tests.support.reference import Reference, Rule
-from tests.support.replay import SAFE_MARGIN, TOLERANCE
-from tests.support.scripts import Script
+from orthorank_vllm.profiles import Profile, model_identity, read_profile, shipped_profile
+from tests.calibrate.starts import Started, layers_of, profile_in, profiles_in, start
+from tests.support.models import fingerprint_of
 
 pytestmark = pytest.mark.model
 
-START = """
-import time
-from dataclasses import replace
-from vllm import LLM, SamplingParams
-from orthorank_vllm.calibrate import startup
-choose_layers = startup.choose_layers
-seconds = []
-def timed(*args):
-    start = time.monotonic()
-    choose_layers(*args)
-    seconds.append(time.monotonic() - start)
-startup.choose_layers = timed
-model_path, options, prompt, load_format, sent_path = arguments
-if load_format == "mapped":
-    from vllm.model_executor.model_loader import register_model_loader
-    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-    from orthorank_vllm.engine.models import MeasuredForCausalLM
-    @register_model_loader("mapped")
-    class Mapped(DefaultModelLoader):
-        def __init__(self, load_config):
-            super().__init__(replace(load_config, load_format="auto"))
-        def load_weights(self, model, model_config):
-            stock = super(MeasuredForCausalLM, model)
-            stock.load_weights(self.get_all_weights(model_config, model))
-llm = LLM(
-    model_path, dtype="float32", enforce_eager=True, max_model_len=512, load_format=load_format,
-    additional_config={"orthorank": options},
-)
-if sent_path:
-    from safetensors.torch import load_file
-    def send(worker):
-        weights = load_file(f"{sent_path}/model.safetensors")
-        worker.model_runner.reload_weights(weights_iterator=iter(weights.items()))
-    llm.collective_rpc(send)
-model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.get_model()
-config = model.orthorank.config
-[output] = llm.generate(
-    [{"prompt_token_ids": prompt}],
-    SamplingParams(max_tokens=1, prompt_logprobs=0),
-    use_tqdm=False,
-)
-log_probs = [entry[token].logprob for token, entry in zip(prompt[1:], output.prompt_logprobs[1:])]
-answer([config.layers, config.source, config.measured, seconds, log_probs])
-"""
 OTHERS_PROFILE = "was measured on other weights of this shape"
-SHORT_PROMPT = list(range(100, 120))
+BY_MEASUREMENT = "chooses its layers by measurement, in at most 300 s"
+# Of each kind a loss that some of the small model's layers have, and not all.
+SOME_LOSS = 0.006
 
 
-def start(
-    model_path: str,
-    cache: Path,
-    prompt: list[int] = SHORT_PROMPT,
-    load_format: str = "auto",
-    sent_path: str = "",
-    **options: Any,
-) -> Script:
-    """
-    Args:
-        load_format: "mapped" is one whose weights do not pass the model's own loading.
-        sent_path: a folder whose weights are sent to the running engine, as trainers do.
-    """
-    given = model_path, options, prompt, load_format, sent_path
-    return Script(START, *given, VLLM_CACHE_ROOT=str(cache), VLLM_LOGGING_LEVEL="INFO")
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    names = ("shared", "cut", "blocked", "other")
+    folders = {name: tmp_path_factory.mktemp(name) for name in names}
+    (folders["blocked"] / "orthorank").write_text("in the way")
+    return folders
+
+
+@pytest.fixture(scope="module")
+def engines(small_model_path: str, caches: dict[str, Path]) -> tuple[Started, Started]:
+    """Two that start at once with one cache; the first of them starts again later on."""
+
+    def auto(seconds: float) -> dict[str, Any]:
+        return {"ratio": "auto", "max_loss": SOME_LOSS, "calibrate_seconds": seconds}
+
+    def later(name: str, cache: str, mishap: str = "", look: float = 0.0, **options: Any) -> Any:
+        return name, str(caches[cache]), mishap, look, options
+
+    half: Any = {"ratio": 0.5, "calibrate_seconds": 100}
+    later_starts = [
+        later("found", "shared", ratio=0.3),
+        later("a lower ratio", "shared", ratio=0.1, keep="1/2"),
+        later("auto without time", "shared", **auto(0)),
+        later("auto", "shared", **auto(300)),
+        later("auto again", "shared", **auto(300)),
+        later("cut at once", "cut", look=200, **half),
+        later("cut before the first layer", "cut", look=12, **half),
+        later("cut among the layers", "cut", look=4.5, **half),
+        later("gone on", "cut", **half),
+        later("unwritable", "blocked", ratio=0.1),
+        later("unwritable and cut", "blocked", look=25, **half),
+        later("no tokenizer", "other", "no tokenizer", ratio=0.1),
+        later("no fingerprint", "other", "no fingerprint", ratio=0.1),
+        later("worse than chance", "other", "worse than chance", ratio=0.1),
+    ]
+    scripts = (
+        start(small_model_path, caches["shared"], later_starts=later_starts, ratio=0.3),
+        start(small_model_path, caches["shared"], ratio=0.3),
+    )
+    return Started(scripts[0]), Started(scripts[1])
+
+
+@pytest.fixture(scope="module")
+def engine(engines: tuple[Started, Started]) -> Started:
+    return engines[0]
+
+
+@pytest.fixture
+def shared(engine: Started, caches: dict[str, Path]) -> Profile:
+    """What was measured in the end."""
+    return profile_in(caches["shared"])
+
+
+def test_of_two_engines_that_start_at_once_one_measures_and_the_other_finds_its_profile(
+    engines: tuple[Started, Started], shared: Profile, caches: dict[str, Path]
+) -> None:
+    told = sorted((each.of[""] for each in engines), key=lambda told: told["trials"])
+    [path] = profiles_in(caches["shared"])
+    assert told[0]["source"] == "profile SmolLM2-first-6-layers"
+    assert told[1]["source"] == f"calibration at start-up, kept in {path}"
+    assert told[0]["trials"] == 0 < told[1]["trials"]
+    for each in told:
+        assert each["layers"] == layers_of(shared, len(each["layers"]))
+        assert each["ratio"] >= 0.3
+        assert (each["measured"], each["is_stock"]) == (True, False)
+    said = [
+        each.log[""].count(f"no profile of this model and {BY_MEASUREMENT}") for each in engines
+    ]
+    assert sorted(said) == [0, 1]
+
+
+def test_a_later_start_finds_what_the_first_one_measured(
+    engine: Started, shared: Profile, small_model_path: str
+) -> None:
+    found = engine.of["found"]
+    assert found["source"] == "profile SmolLM2-first-6-layers"
+    assert found["layers"] == engine.of[""]["layers"]
+    assert (found["trials"], found["measured"]) == (0, True)
+    assert found["measured_on"] == shared.weights == fingerprint_of(small_model_path)
+    assert BY_MEASUREMENT not in engine.log["found"]
+    assert OTHERS_PROFILE not in engine.log["found"]
+
+    lower = engine.of["a lower ratio"]
+    assert lower["trials"] == 0
+    assert lower["layers"] == [[entry.layer, 0.5] for entry in shared.entries[:2]]
+
+
+def count_within(profile: Profile) -> int:
+    """The most entries with which no kind of text loses more than a little."""
+    return max(
+        count
+        for count, entry in enumerate(profile.entries, start=1)
+        if entry.held_back is not None and entry.held_back.worst <= SOME_LOSS
+    )
+
+
+def test_the_largest_ratio_within_a_loss_is_found_beyond_what_was_measured_for_a_lower_one(
+    engine: Started, shared: Profile
+) -> None:
+    """Break seen: no more than the 0.3 that an earlier start had been asked for."""
+    count = count_within(shared)
+    assert 0 < count < len(shared.entries)
+    assert max(shared.ratios) > 0.5 - 1e-9
+    auto, again, before = (engine.of[name] for name in ("auto", "auto again", "auto without time"))
+    assert auto["layers"] == again["layers"] == layers_of(shared, count)
+    assert auto["ratio"] == pytest.approx(shared.ratios[count - 1])
+    assert auto["trials"] > again["trials"] == before["trials"] == 0
+    assert before["layers"] == layers_of(shared, len(before["layers"]))
+    assert before["ratio"] < auto["ratio"]
+    line = engine.line("auto", "OrthoRank is active")
+    assert "(auto: at most 0.006 nats lost)" in line
+
+
+CUT = ("cut at once", "cut before the first layer", "cut among the layers")
+
+
+def test_a_start_without_enough_time_is_dense_or_serves_fewer_layers_and_says_what_helps(
+    engine: Started, shared: Profile
+) -> None:
+    told = [engine.of[name] for name in CUT]
+    assert told[0]["trials"] == 0 < told[1]["trials"]
+    for name, each in zip(CUT, told, strict=True):
+        reason = "100 s of calibration were too few, a later start goes on"
+        assert not each["measured"]
+        assert each["ratio"] < 0.5, name
+        assert each["is_stock"] == (not each["layers"])
+        assert each["layers"] == layers_of(shared, len(each["layers"]))
+        by = "an unfinished calibration" if each["layers"] else "nothing"
+        assert each["source"] == f"{by}: {reason}"
+        assert f"ratio {each['ratio']:.3f} (asked for 0.5)" in engine.line(name, "is active")
+        line = engine.line(name, "serves less than was asked for")
+        assert reason in line
+        assert "start again, give more --orthorank-calibrate-seconds" in line
+        assert "`orthorank calibrate`" in line
+    assert told[0]["layers"] == told[1]["layers"] == []
+    assert told[-1]["layers"]
+
+
+def test_starts_that_were_cut_come_to_what_one_with_enough_time_does(
+    engine: Started, shared: Profile, caches: dict[str, Path]
+) -> None:
+    gone_on = engine.of["gone on"]
+    assert gone_on["measured"]
+    found = profile_in(caches["cut"])
+    assert found.entries == shared.entries
+    assert found.identity == shared.identity
+    # Nothing was measured twice, neither there nor here.
+    assert sum(engine.of[name]["trials"] for name in CUT) < sum(
+        engine.of[name]["trials"] for name in (*CUT, "gone on")
+    )
+    measured = [
+        json.loads(next(caches[name].glob("orthorank/*.measured")).read_text())["measured"]
+        for name in ("shared", "cut")
+    ]
+    assert measured[0] == measured[1]
+    sets = sum(len(each["known"]) for each in measured[1].values())
+    assert sum(engine.of[name]["trials"] for name in (*CUT, "gone on")) == sets
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_the_layers_are_used_all_the_same(
+    engine: Started, shared: Profile, caches: dict[str, Path]
+) -> None:
+    told = engine.of["unwritable"]
+    assert told["source"] == "calibration at start-up, not kept"
+    assert told["measured"]
+    assert told["layers"] == layers_of(shared, 1)
+    assert engine.line("unwritable", "could not keep the profile")
+    assert engine.line("unwritable", "could not keep what it measures")
+
+    cut = engine.of["unwritable and cut"]
+    assert not cut["measured"]
+    assert cut["source"].endswith("were too few, nothing could be kept")
+    assert (caches["blocked"] / "orthorank").read_text() == "in the way"
+
+
+def test_weights_without_a_fingerprint_are_measured_and_not_kept(
+    engine: Started, shared: Profile
+) -> None:
+    told = engine.of["no fingerprint"]
+    assert told["source"] == "calibration at start-up, not kept"
+    assert told["measured"]
+    assert told["layers"] == layers_of(shared, 1)
+    assert "`orthorank calibrate -o`" in engine.line("no fingerprint", "does not keep")
+
+
+@pytest.mark.parametrize(
+    ("mishap", "source", "remedy"),
+    [
+        (
+            "no tokenizer",
+            "nothing: there is no tokenizer to measure on text with",
+            "or let vLLM load the tokenizer",
+        ),
+        (
+            "worse than chance",
+            "nats a token, is no better than chance, 10.8",
+            "`orthorank calibrate --data`",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_served_dense(
+    engine: Started, caches: dict[str, Path], mishap: str, source: str, remedy: str
+) -> None:
+    told = engine.of[mishap]
+    assert source in told["source"]
+    assert (told["layers"], told["measured"], told["is_stock"]) == ([], False, True)
+    assert remedy in engine.line(mishap, "serves less than was asked for")
+    assert profiles_in(caches["other"]) == []
+
+
+def test_random_weights_are_neither_measured_nor_kept_nor_take_what_was_measured_on_real_ones(
+    engine: Started, shared: Profile, small_model_path: str, caches: dict[str, Path]
+) -> None:
+    """Break seen: the next start took what a dummy start had kept."""
+    dummy: Any = {"load_format": "dummy", "sent_path": small_model_path}
+    started = Started(start(small_model_path, caches["shared"], **dummy, ratio=0.3))
+    told = started.of[""]
+    assert told["layers"] == [[5, 0.0], [4, 0.0]]
+    assert told["source"] == "the last layers, not measured: this load format loads no weights"
+    assert (told["measured"], told["measured_on"], told["trials"]) == (False, "", 0)
+    assert "--orthorank-profile" in started.line("", "guessed its layers")
+    assert "does not know what answers lose" in started.line("", "orthorank evaluate")
+    assert profile_in(caches["shared"]) == shared
 
 
 @pytest.fixture(scope="module")
@@ -95,185 +264,45 @@ def tuned_path(small_model_path: str, tmp_path_factory: pytest.TempPathFactory) 
     return str(folder)
 
 
-def profiles_in(cache: Path) -> list[Path]:
-    return sorted((cache / "orthorank").glob("*.json"))
-
-
-def test_the_first_start_measures_and_later_ones_find_what_it_measured(
-    small_model_path: str, tmp_path: Path, text_tokens: list[int]
-) -> None:
-    # Different tokens: equal ones are equal in layer 0, and tie.
-    prompt = list(dict.fromkeys(text_tokens))[50:110]
-    first = start(small_model_path, tmp_path, prompt, ratio=0.3)
-    layers, source, measured, _, log_probs = first.answer
-    assert len(layers) == 3
-    assert measured
-    [path] = profiles_in(tmp_path)
-    assert source == f"calibration at start-up, kept in {path}"
-    assert "chooses 3 of 6 layers by measurement, in at most 60 s" in first.output
-    assert sorted(read_profile(path).order) == layers
-    assert read_profile(path).weights == fingerprint_of(small_model_path)
-
-    second = start(small_model_path, tmp_path, prompt, ratio=0.3)
-    found_layers, source, _, _, found_log_probs = second.answer
-    assert found_layers == layers
-    assert source == "profile SmolLM2-first-6-layers"
-    assert "by measurement" not in second.output
-    assert OTHERS_PROFILE not in second.output
-    assert found_log_probs == log_probs
-
-    model = AutoModelForCausalLM.from_pretrained(small_model_path, dtype=torch.float32)
-    request = Reference(model, Rule(tuple(layers))).start(prompt)
-    wanted = request.forward(0, len(prompt))[:-1]
-    assert request.margin > SAFE_MARGIN, "a choice that float noise may make: change the prompt"
-    wanted = wanted.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
-    assert (torch.tensor(log_probs) - wanted).abs().max() < TOLERANCE
-
-    more = start(small_model_path, tmp_path, ratio=0.4)
-    more_layers, source, _, _, _ = more.answer
-    assert len(more_layers) == 4
-    assert set(layers) < set(more_layers)
-    assert source.startswith("calibration at start-up")
-
-
-def test_two_engines_that_start_at_once_agree_on_one_profile(
-    small_model_path: str, tmp_path: Path
-) -> None:
-    both = [start(small_model_path, tmp_path, ratio=0.3) for _ in range(2)]
-    answers = [script.answer for script in both]
-    assert answers[0][0] == answers[1][0]
-    [path] = profiles_in(tmp_path)
-    assert sorted(read_profile(path).order) == answers[0][0]
-    sources = sorted(answer[1] for answer in answers)
-    assert sources[0].startswith("calibration at start-up")
-    assert sources[1] == "profile SmolLM2-first-6-layers"
-
-
-def test_a_calibration_keeps_to_its_time(model_path: str, tmp_path: Path) -> None:
-    """All of the real model's layers past the shipped profile's 14."""
-    script = start(model_path, tmp_path, ratio=0.4, calibrate_seconds=45)
-    layers, source, _, [seconds], _ = script.answer
-    assert len(layers) == 18
-    assert source.startswith("calibration at start-up")
-    assert seconds < 45 * 1.1
-    [path] = profiles_in(tmp_path)
-    assert len(read_profile(path).order) == 18
-
-
-def test_without_time_the_layers_are_guessed_and_the_log_says_so(
-    small_model_path: str, tmp_path: Path
-) -> None:
-    script = start(small_model_path, tmp_path, ratio=0.1, calibrate_seconds=0.01)
-    layers, source, measured, _, _ = script.answer
-    source_told = "even spacing, not measured: 0.01 s were too few"
-    assert (len(layers), source, measured) == (1, source_told, False)
-    [line] = [line for line in script.output.splitlines() if "guessed its layers" in line]
-    assert source_told in line
-    assert "give --orthorank-calibrate-seconds" in line
-    assert "`orthorank calibrate`" in line
-    assert profiles_in(tmp_path) == []
-
-
-def test_too_many_layers_for_a_guess_after_too_little_time_name_the_time(
-    small_model_path: str, tmp_path: Path
-) -> None:
-    """Break seen: only --orthorank-layers was named, and that a profile was missing."""
-    script = start(small_model_path, tmp_path, ratio=0.3, calibrate_seconds=0.01)
-    assert script.exit_status != 0
-    [line, *_] = [line for line in script.output.splitlines() if "OptionError" in line]
-    assert "it needs 3 selective layers" in line
-    assert "0.01 s were too few" in line
-    assert "give --orthorank-calibrate-seconds" in line
-    assert "--orthorank-layers" in line
-
-
-def test_random_weights_are_neither_measured_nor_kept_not_even_once_real_ones_are_sent(
-    small_model_path: str, tmp_path: Path
-) -> None:
-    """Break seen: the next start took what a dummy start had kept."""
-    dummy: Any = {"load_format": "dummy", "ratio": 0.1}
-    script = start(small_model_path, tmp_path, sent_path=small_model_path, **dummy)
-    layers, source, measured, seconds, _ = script.answer
-    source_told = "even spacing, not measured: this load format loads no weights"
-    assert (len(layers), source, measured, seconds) == (1, source_told, False, [])
-    [line] = [line for line in script.output.splitlines() if "guessed its layers" in line]
-    assert "--orthorank-profile" in line
-    assert profiles_in(tmp_path) == []
-
-    real = start(small_model_path, tmp_path, ratio=0.1)
-    _, source, measured, _, _ = real.answer
-    assert measured
-    assert source == f"calibration at start-up, kept in {profiles_in(tmp_path)[0]}"
-    again = start(small_model_path, tmp_path, **dummy)
-    assert again.answer[1] == source_told
-    assert len(profiles_in(tmp_path)) == 1
-
-
-def test_random_weights_run_the_shipped_layers_and_say_so(model_path: str, tmp_path: Path) -> None:
-    script = start(model_path, tmp_path, load_format="dummy", ratio=0.1)
-    assert script.answer[0] == [3, 4, 5, 6, 7]
-    [line] = [line for line in script.output.splitlines() if "loads no weights" in line]
-    assert "measures nothing and keeps nothing with --load-format dummy" in line
-    assert "its layers are those of profile SmolLM2-135M-Instruct" in line
-    assert profiles_in(tmp_path) == []
-
-
-def test_the_shipped_profile_was_measured_on_these_weights(model_path: str, tmp_path: Path) -> None:
-    script = start(model_path, tmp_path, ratio=0.1)
-    assert script.answer[1] == "profile SmolLM2-135M-Instruct"
-    assert OTHERS_PROFILE not in script.output
-
-
 def test_a_fine_tune_does_not_take_what_its_base_has_measured(
-    small_model_path: str, tuned_path: str, tmp_path: Path
+    engine: Started, shared: Profile, tuned_path: str, caches: dict[str, Path]
 ) -> None:
     """Break seen: known by the configuration alone, it took the base's."""
-    base = start(small_model_path, tmp_path, ratio=0.1)
-    assert base.answer[1].startswith("calibration at start-up, kept in")
-    [of_base] = profiles_in(tmp_path)
-    tuned = start(tuned_path, tmp_path, ratio=0.1)
-    source = tuned.answer[1]
-    [of_tuned] = set(profiles_in(tmp_path)) - {of_base}
-    assert source == f"calibration at start-up, kept in {of_tuned}"
-    [line] = [line for line in tuned.output.splitlines() if "by measurement" in line]
-    assert "no profile of these weights" in line
-    again = start(small_model_path, tmp_path, ratio=0.1)
-    assert again.answer[1] == "profile SmolLM2-first-6-layers"
+    cache = caches["shared"]
+    [of_base] = profiles_in(cache)
+    by_hand = "by hand", str(cache), "", 0.0, {"ratio": 0.1, "profile": str(of_base)}
+    started = Started(start(tuned_path, cache, ratio=0.1, later_starts=[by_hand]))
+    [of_tuned] = set(profiles_in(cache)) - {of_base}
+    told = started.of[""]
+    assert told["source"] == f"calibration at start-up, kept in {of_tuned}"
+    assert told["trials"] > 0
+    assert "no profile of these weights" in started.line("", BY_MEASUREMENT)
+    assert OTHERS_PROFILE not in started.log[""]
+    assert read_profile(of_tuned).weights == told["measured_on"] != shared.weights
+    assert read_profile(of_base) == shared
 
-    by_hand = start(tuned_path, tmp_path, ratio=0.1, profile=str(of_base))
-    assert by_hand.answer[1] == "profile SmolLM2-first-6-layers"
-    assert by_hand.answer[0] == base.answer[0]
-    assert by_hand.output.count(OTHERS_PROFILE) == 1
+    told = started.of["by hand"]
+    assert told["source"] == "profile SmolLM2-first-6-layers"
+    assert told["layers"] == layers_of(shared, 1)
+    assert started.line("by hand", OTHERS_PROFILE)
 
 
-def test_a_model_no_better_than_chance_is_not_measured(
-    small_model_path: str, tmp_path: Path
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_a_shipped_profile_is_run_and_was_measured_on_these_weights(
+    model_path: str, tmp_path: Path, load_format: str
 ) -> None:
-    script = start(write_untrained(small_model_path, tmp_path / "model"), tmp_path, ratio=0.1)
-    _, source, measured, _, _ = script.answer
-    assert not measured
-    assert source.startswith("even spacing, not measured: the dense model's loss, ")
-    assert source.endswith("nats a token, is no better than chance, 10.8")
+    from transformers import AutoConfig
+
+    shipped = shipped_profile(model_identity(AutoConfig.from_pretrained(model_path)))
+    assert shipped is not None
+    started = Started(start(model_path, tmp_path, load_format, ratio=0.1))
+    told = started.of[""]
+    assert told["source"] == "profile SmolLM2-135M-Instruct"
+    assert told["layers"] == layers_of(shipped, len(told["layers"]))
+    assert told["trials"] == 0
+    assert OTHERS_PROFILE not in started.log[""]
     assert profiles_in(tmp_path) == []
-
-
-def test_weights_without_a_fingerprint_are_measured_and_not_kept(
-    small_model_path: str, tmp_path: Path
-) -> None:
-    script = start(small_model_path, tmp_path, load_format="mapped", ratio=0.1)
-    _, source, measured, _, _ = script.answer
-    assert (source, measured) == ("calibration at start-up, not kept", True)
-    assert "does not keep what it measured" in script.output
-    assert profiles_in(tmp_path) == []
-
-
-def test_a_profile_that_cannot_be_kept_is_used_all_the_same(
-    small_model_path: str, tmp_path: Path
-) -> None:
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    (cache / "orthorank").write_text("in the way")
-    script = start(small_model_path, cache, ratio=0.1)
-    layers, source, measured, _, _ = script.answer
-    assert (len(layers), source, measured) == (1, "calibration at start-up, not kept", True)
-    assert "could not keep the profile" in script.output
+    if load_format == "dummy":
+        line = started.line("", "loads no weights")
+        assert "measures nothing and keeps nothing with --load-format dummy" in line
+        assert "its layers are those of profile SmolLM2-135M-Instruct" in line
