@@ -77,7 +77,10 @@ def test_the_doctor_finds_a_server_behind_a_prefix_well(
     """Whether the proxy hands the prefix on or not."""
     assert main(["doctor", f"{server.url}{path}/v1", "--api-key", API_KEY, "--json"]) == 0
     checks = json.loads(capsys.readouterr().out)
-    assert {check["state"] for check in checks} == {"ok"}
+    states = {check["what"]: check["state"] for check in checks}
+    # Of layers that were given by hand nobody knows it.
+    assert states.pop("expected loss") == "warning"
+    assert set(states.values()) == {"ok"}
     assert checks[-1]["found"] == "on"
 
 

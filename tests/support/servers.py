@@ -47,20 +47,20 @@ class Server:
         with urllib.request.urlopen(request, timeout=10) as response:
             return str(response.read().decode())
 
-    def samples(self, name: str) -> list[tuple[dict[str, str], float]]:
-        """Labels and value of each sample of this engine and model on `/metrics`."""
+    def samples(self, name: str, engine: str = "0") -> list[tuple[dict[str, str], float]]:
+        """Labels and value of each sample of one engine on `/metrics`."""
         found = [
             ({**sample.labels}, float(sample.value))
             for family in text_string_to_metric_families(self.get("/metrics"))
             for sample in family.samples
-            if sample.name == name
+            if sample.name == name and sample.labels["engine"] == engine
         ]
         for labels, _ in found:
-            assert (labels.pop("engine"), labels.pop("model_name")) == ("0", NAME)
+            assert (labels.pop("engine"), labels.pop("model_name")) == (engine, NAME)
         return found
 
-    def metric(self, name: str, **labels: str) -> float:
-        found = [value for given, value in self.samples(name) if given == labels]
+    def metric(self, name: str, engine: str = "0", **labels: str) -> float:
+        found = [value for given, value in self.samples(name, engine) if given == labels]
         assert len(found) == 1, f"{name} {labels} is {len(found)} times on /metrics"
         return found[0]
 
