@@ -143,8 +143,7 @@ def test_of_a_prompt_that_a_longer_one_began_with_all_but_the_tail_is_reused(
 ) -> None:
     """A hit ends where a block does, and the tail begins anywhere.
 
-    Breaks seen: no limit; the limit one token too far; the hit cut off at the limit afterwards,
-    which leaves a sliding window without the blocks that it begins with.
+    Breaks seen: no limit; the limit one token too far.
     """
     server.serve(LONG)
     assert server.serve(LONG[:length]) == down_to_block(length - TAIL)
@@ -162,7 +161,7 @@ def test_a_shorter_prompts_tail_is_reused_where_it_is_in_the_middle(server: Serv
 
 
 def test_a_conversation_is_reused_up_to_the_tail_of_its_last_turn(server: Server) -> None:
-    """Break seen: the prompt's length taken for that of the whole request."""
+    """Break seen: no limit."""
     turn = server.add(LONG[:160], max_tokens=100)
     server.run()
     history = list(turn.all_token_ids)
@@ -179,7 +178,7 @@ def test_a_prompt_whose_log_probabilities_are_read_reuses_nothing(server: Server
 
 
 def test_lookups_are_counted_as_by_stock_vllm(server: Server) -> None:
-    """Break seen: a request that says it is shorter than it is."""
+    """Break seen: no limit."""
     server.serve(LONG)
     server.serve(LONG[:300])
     counts = [(stats.queries, stats.hits) for stats in server.lookups]
@@ -187,10 +186,7 @@ def test_lookups_are_counted_as_by_stock_vllm(server: Server) -> None:
 
 
 def test_a_preempted_request_computes_its_tail_again(model_path: str) -> None:
-    """It and what was generated: its blocks might be those of a longer prompt.
-
-    Break seen: the limit counted back from the tokens that there are by then.
-    """
+    """It and what was generated: its blocks might be those of a longer prompt."""
     server = Server(model_path, ORTHORANK, [FULL], blocks=40)
     requests = [server.add(list(range(n * 1000, n * 1000 + 150)), 120) for n in (1, 2, 3)]
     server.run()
@@ -205,7 +201,10 @@ def test_a_preempted_request_computes_its_tail_again(model_path: str) -> None:
 def test_whatever_was_served_before_a_tail_is_never_reused(
     model_path: str, data: st.DataObject
 ) -> None:
-    """Prompts that begin alike in all sorts of ways, several at a time, in a cache that is full."""
+    """Prompts that begin alike in all sorts of ways, several at a time, in a cache that is full.
+
+    Breaks seen: no limit; the limit one token too far.
+    """
     kind = data.draw(st.sampled_from(sorted(KINDS)))
     server = Server(model_path, ORTHORANK, KINDS[kind], blocks=60)
     requests = []
@@ -231,7 +230,6 @@ def stock(model_path: str, groups: list[KVCacheSpec]) -> Iterator[Server]:
 
 
 def test_an_engine_without_orthorank_reuses_all_but_the_last_token(stock: Server) -> None:
-    """Breaks seen: the limit put on the class; a limit that one engine leaves for the other."""
     stock.serve(LONG)
     for length in (16, 17, 160, 161, 400):
         assert stock.serve(LONG[:length]) == down_to_block(length - 1)
