@@ -3,6 +3,6 @@
 # Some questions that a prompt of so few tokens has room for.
 SMALL_SIZES = """
 from orthorank_vllm.calibrate import calibration as sizes
-sizes.PROMPT, sizes.ANSWER, sizes.HELD_BACK_ANSWER, sizes.QUESTIONS = 120, 16, 12, 2
+sizes.PROMPT, sizes.ANSWER, sizes.HELD_BACK_ANSWER, sizes.QUESTIONS = 144, 24, 16, 3
 sizes.SAMPLES = sizes.HELD_BACK_SAMPLES = sizes.SCOUTS = dict.fromkeys(sizes.SAMPLES, 1)
 """

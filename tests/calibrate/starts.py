@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from orthorank_vllm.profiles import Profile, read_profile
 from tests.calibrate.small_sizes import SMALL_SIZES
 from tests.support.scripts import Script
@@ -138,4 +141,17 @@ def profile_in(cache: Path) -> Profile:
 
 def layers_of(profile: Profile, count: int) -> list[list[float]]:
     """The first of a profile, as they travel."""
-    return [[entry.layer, entry.keep] for entry in profile.entries[:count]]
+    return [list(entry.layer_keep) for entry in profile.entries[:count]]
+
+
+def write_tuned(model_path: str, folder: Path) -> str:
+    """A model after a fine-tune: one projection of each layer a little different."""
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    torch.manual_seed(4)
+    for layer in model.model.layers:
+        weight = layer.self_attn.v_proj.weight
+        low_rank = torch.randn(len(weight), 2) @ torch.randn(2, weight.shape[1])
+        weight.data += 0.01 * weight.std() * low_rank
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_path).save_pretrained(folder)
+    return str(folder)

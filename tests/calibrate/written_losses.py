@@ -159,3 +159,8 @@ class WrittenSearch:
 
 def layers_of(entries: Sequence[Entry]) -> list[int]:
     return [entry.layer for entry in entries]
+
+
+def alternately(much: float) -> list[float]:
+    """Of each sample, nothing in the mean: the two of each kind differ."""
+    return [much if index % 2 else -much for index in range(len(samples_of()))]
