@@ -50,7 +50,7 @@ def with_ratio(ratio: float, **changed: Any) -> OrthoRankConfig:
 def test_entries_are_taken_from_the_front_until_the_ratio_is_reached(
     ratio: float, count: int
 ) -> None:
-    """Break seen: the count that comes nearest."""
+    """Guards against: the count that comes nearest."""
     config = with_ratio(ratio)
     assert config.layers == tuple(entry.layer_keep for entry in ENTRIES[:count])
     assert config.ratio >= ratio - 1e-9
@@ -88,7 +88,7 @@ def test_another_rule_makes_the_profiles_costs_unknown(changed: dict[str, int]) 
 
 
 def test_what_is_expected_is_the_last_entrys_cost_on_held_back_text() -> None:
-    """Break seen: that of the text which the layers were chosen on."""
+    """Guards against: that of the text which the layers were chosen on."""
     assert with_ratio(0.25).expected == ENTRIES[2].held_back
     chosen_on = profile(*(replace(entry, held_back=None) for entry in ENTRIES))
     assert CONFIG.with_profile(chosen_on).expected == ENTRIES[2].cost
@@ -101,7 +101,7 @@ def test_what_is_expected_is_the_last_entrys_cost_on_held_back_text() -> None:
 def test_auto_takes_the_most_entries_that_lose_little_on_the_worst_kind(
     max_loss: float, count: int
 ) -> None:
-    """Breaks seen: the mean of the kinds; up to the first entry that loses more."""
+    """Guards against: the mean of the kinds; up to the first entry that loses more."""
     config = replace(AUTO, max_loss=max_loss).with_profile(profile())
     assert config.layers == tuple(entry.layer_keep for entry in ENTRIES[:count])
     assert config.expected == ENTRIES[count - 1].held_back
@@ -113,7 +113,7 @@ def test_auto_takes_the_most_entries_that_lose_little_on_the_worst_kind(
     "unfit", [without_costs(), profile(window=64), profile(tail=1)], ids=["costs", "window", "tail"]
 )
 def test_auto_needs_figures_of_what_is_run(unfit: Profile) -> None:
-    """Break seen: another tail's figures; no figures, and so silently no layer."""
+    """Guards against: another tail's figures; no figures, and so silently no layer."""
     assert AUTO.entries_needed(unfit) is None
     config = AUTO.with_profile(unfit)
     assert config.layers == ()
@@ -150,7 +150,7 @@ def test_a_start_warns_of_look_ups_that_are_lost_where_the_loss_is_small() -> No
 
 
 def test_the_advised_ratio_is_one_that_gives_just_those_entries() -> None:
-    """Break seen: 0.13333 rounded up, which takes one layer more."""
+    """Guards against: 0.13333 rounded up, which takes one layer more."""
     config = replace(CONFIG, num_layers=15, ratio_asked=0.2)
     model = {"num_hidden_layers": 15}
     three = Profile(
@@ -195,7 +195,7 @@ def test_without_a_measurement_the_last_layers_are_taken_and_said_to_be_a_guess(
 
 
 def test_a_count_of_unmeasured_layers_that_is_whole_is_not_rounded_up() -> None:
-    """Break seen: 0.3 x 10 is 3.0000000000000004 with some numbers."""
+    """Guards against: 0.3 x 10 is 3.0000000000000004 with some numbers."""
     for tenths in range(1, 6):
         config = replace(CONFIG, ratio_asked=sum([0.1] * tenths)).unmeasured("", "help")
         assert len(config.layers) == tenths

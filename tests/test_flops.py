@@ -108,7 +108,7 @@ def test_a_selective_layer_costs_k_and_v_for_all_and_the_rest_for_the_updated_on
 
 
 def test_a_selective_last_layer_saves_what_any_last_layer_does() -> None:
-    """Break seen: counted twice, as selective and as the last."""
+    """Guards against: counted twice, as selective and as the last."""
     shapes = Shapes.of(CONFIG)
     plan = plan_of(128, prompt_len=128)
     for layers in ({4: 0.0}, {4: THIRD}, {}):

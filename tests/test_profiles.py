@@ -140,7 +140,7 @@ def test_a_file_that_was_put_in_the_place_of_other_weights_is_not_taken(tmp_path
 
 
 def test_a_profile_kept_by_an_older_version_is_not_taken(tmp_path: Path) -> None:
-    """Break seen: a name that today's pattern finds, with what it cannot read."""
+    """Guards against: a name that today's pattern finds, with what it cannot read."""
     config = smollm2(intermediate_size=1600)
     name = f"{config_hash(config)[:32]}-{WEIGHTS[:16]}-keep0.3333-window128.json"
     profile_of(config).write(tmp_path / "orthorank" / name)

@@ -106,7 +106,7 @@ def test_a_profile_that_cannot_be_used_says_why(
 
 
 def test_what_a_message_says_to_be_the_most_is_allowed(tmp_path: Path) -> None:
-    """Break seen: rounded up."""
+    """Guards against: rounded up."""
     path = written(tmp_path)
     assert len(resolved(ratio=0.0583, profile=path).layers) == 2
     assert resolved(ratio=0.6666, keep="1/3", calibrate_seconds=9).to_choose
@@ -174,7 +174,7 @@ def test_auto_goes_by_the_figures_of_a_profile(tmp_path: Path) -> None:
 
 
 def test_auto_with_a_rule_that_the_shipped_profile_is_not_of_is_measured() -> None:
-    """Break seen: its figures, of another tail."""
+    """Guards against: its figures, of another tail."""
     config = resolved(ratio="auto", tail=9)
     assert (config.to_choose, config.layers, config.max_loss) == (True, (), 0.02)
     assert resolved(ratio="auto", tail=9, calibrate_seconds=0).layers == ()

@@ -72,7 +72,7 @@ def test_a_sparse_step_is_counted_layer_by_layer(registry: CollectorRegistry) ->
 
 
 def test_a_later_stage_counts_its_layers_alone(registry: CollectorRegistry) -> None:
-    """Break seen: a step and its sinks once for each stage."""
+    """Guards against: a step and its sinks once for each stage."""
     plan = plan_of(PROMPT)
     for is_first in (True, False):
         counter(is_first).count(PROMPT, plan, outcome(plan, hits=2, misses=1), SECONDS)

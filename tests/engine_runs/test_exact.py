@@ -1,7 +1,6 @@
 """The served model against the independent reference, under real schedules, on real weights.
 
-`test_rules.py` has more rules and schedules, on a model that costs next to nothing. Each of these
-breaks was made on purpose and seen by the test named with it.
+`test_rules.py` has more rules and schedules, on a model that costs next to nothing.
 """
 
 import pytest
@@ -61,8 +60,8 @@ def test_prompts_of_different_lengths_in_one_step_equal_the_reference(
 def test_chunks_beside_decodes_equal_the_reference_and_are_counted_so(
     engine: Engine, reference: Reference, prompts: Prompts
 ) -> None:
-    """Breaks seen: decode rows left out of the selection; windows counted from the chunk's start;
-    the tail taken of the chunk."""
+    """Guards against: decode rows left out of the selection; windows counted from the chunk's
+    start; the tail taken of the chunk."""
     names = ("prefill_tokens", "token_updates", "token_updates_skipped")
     before = [counted(name) for name in names]
     jobs = [
@@ -85,7 +84,7 @@ def test_chunks_beside_decodes_equal_the_reference_and_are_counted_so(
 def test_a_prefix_cache_hit_with_its_sink_forgotten_equals_the_reference(
     engine: Engine, reference: Reference, prompts: Prompts
 ) -> None:
-    """Break seen: a missing sink's state left at zero instead of recomputed."""
+    """Guards against: a missing sink's state left at zero instead of recomputed."""
     prefix = prompts.take(6 * BLOCK_SIZE)
     before = check(engine.run([Job(prefix + prompts.take(37))]), reference)
     engine.forget_sinks()

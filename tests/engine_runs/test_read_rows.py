@@ -184,7 +184,7 @@ def test_n_gram_speculation_gives_the_tokens_of_plain_decoding(
 ) -> None:
     """Prompts that repeat themselves, so that there is something to guess, and to guess wrong.
 
-    Break seen: a verified row left out where it is not the request's last.
+    Guards against: a verified row left out where it is not the request's last.
     """
     words = Words(4)
     jobs = [

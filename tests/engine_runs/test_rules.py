@@ -1,7 +1,4 @@
-"""Rules and schedules of many kinds on a small model with random weights, against the reference.
-
-Each of these breaks was made on purpose and seen by the test named with it.
-"""
+"""Rules and schedules of many kinds on a small model with random weights, against the reference."""
 
 import random
 from collections.abc import Iterator
@@ -115,7 +112,7 @@ def with_rules(*names: str) -> Any:
 def test_chunks_beside_decodes_equal_the_reference_and_are_counted_so(
     engine: Engine, reference: Reference, words: Words
 ) -> None:
-    """Breaks seen: decode rows left out of the selection; position 0 counted among the chosen."""
+    """Guards against: decode rows left out of the selection; position 0 among the chosen."""
     names = ("prefill_tokens", "token_updates", "token_updates_skipped")
     before = [counted(name) for name in names]
     jobs = [
@@ -143,8 +140,8 @@ def test_chunks_beside_decodes_equal_the_reference_and_are_counted_so(
 def test_chunks_that_cut_windows_and_tails_equal_the_reference(
     engine: Engine, reference: Reference, words: Words, budget: int
 ) -> None:
-    """Breaks seen: windows counted from the chunk's start; the tail taken of the chunk; position 0
-    taken from the chunk."""
+    """Guards against: windows counted from the chunk's start; the tail taken of the chunk; the
+    sink taken from the chunk."""
     tail = reference.rule.tail
     for length in (40,) if budget == 1 else (2 * budget + tail // 2 + 1, 250):
         job = Job(words.take(length), max_tokens=3)
@@ -156,7 +153,7 @@ def test_chunks_that_cut_windows_and_tails_equal_the_reference(
 def test_chunks_of_several_requests_share_forwards_and_equal_the_reference(
     engine: Engine, reference: Reference, words: Words
 ) -> None:
-    """Break seen: every request attends to the first request's pages."""
+    """Guards against: every request attends to the first request's pages."""
     jobs = [Job(words.take(length), max_tokens=4) for length in (310, 270, 150)]
     check(engine.run(jobs, budget=lambda step: 97), reference)
 
@@ -173,7 +170,7 @@ def test_a_prefix_cache_hit_equals_the_reference(
 ) -> None:
     """Position 0 is in no forward of the second request.
 
-    Breaks seen: a missing sink's state left at zero instead of recomputed; a hit counted where
+    Guards against: a missing sink's state left at zero instead of recomputed; a hit counted where
     there was none; a sink looked up for layers that score nothing.
     """
     sinks = "sink_hits", "sink_misses"
@@ -211,7 +208,7 @@ def test_a_last_layer_that_computes_few_rows_keeps_its_sink_for_later(
     """A prompt whose rows are all read, its position 0 in a stock forward of one token, finds what
     a prompt left of which only sampled rows were read.
 
-    Break seen: a sink's state of zeros.
+    Guards against: a sink's state of zeros.
     """
     one = words.take(100)
     check(engine.run([Job(one, want_prompt_logprobs=False)]), reference)
@@ -225,7 +222,7 @@ def test_a_last_layer_that_computes_few_rows_keeps_its_sink_for_later(
 def test_a_preempted_request_is_resumed_and_equals_the_reference(
     engine: Engine, reference: Reference, words: Words
 ) -> None:
-    """Break seen: tokens that a request had generated compete when they are recomputed."""
+    """Guards against: tokens that a request had generated compete when they are recomputed."""
     jobs = [Job(words.take(110), max_tokens=40) for _ in range(8)]
     run = engine.run(jobs)
     assert any(is_resumed(run, job) for job in jobs), "the KV cache was large enough"
@@ -236,7 +233,7 @@ def test_a_preempted_request_is_resumed_and_equals_the_reference(
 def test_prompts_of_special_lengths_equal_the_reference(
     engine: Engine, reference: Reference, words: Words
 ) -> None:
-    """Break seen: the prompt's last token not selected."""
+    """Guards against: the prompt's last token not selected."""
     window, tail = reference.rule.window, reference.rule.tail
     near = {tail, window, window + tail, 2 * window + 1}
     for length in sorted({1, 2, 3} | {n + more for n in near for more in (-1, 0, 1, 2)} - {-1, 0}):
@@ -247,7 +244,7 @@ def test_prompts_of_special_lengths_equal_the_reference(
 def test_a_prompt_not_longer_than_the_first_token_and_the_tail_is_stock_vllms_bit_for_bit(
     served: Engine, words: Words, tail: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Break seen: a sparse forward in which nothing is skipped."""
+    """Guards against: a sparse forward in which nothing is skipped."""
     served.use(Rule(MIXED.layers, MIXED.window, tail))
     orthorank = served.model.orthorank
     sparse = watched(orthorank, monkeypatch)
@@ -341,7 +338,7 @@ def test_vllms_own_attention_gathered_equals_the_reference(
     """As with --orthorank-attention gather: chunks beside decoding, a cached prefix, and a first
     chunk of one token.
 
-    Break seen: the queries scattered to the first rows.
+    Guards against: the queries scattered to the first rows.
     """
     engine.model.orthorank.attend_by("gather")
     prefix = words.take(3 * BLOCK_SIZE)
@@ -375,7 +372,7 @@ def test_a_rehearsal_runs_both_forwards_and_leaves_no_trace(
 ) -> None:
     """What a GPU's server does when vLLM measures the memory of its first forward.
 
-    Break seen: prompts so short that nothing was to be skipped, and so no sparse forward.
+    Guards against: prompts so short that nothing was to be skipped, and so no sparse forward.
     """
     orthorank = engine.model.orthorank
     orthorank.attend_by("gather")
@@ -409,7 +406,7 @@ def test_a_rehearsal_runs_both_forwards_and_leaves_no_trace(
 def test_any_rule_any_prompts_and_any_schedule_equal_the_reference(
     served: Engine, model: Any, data: st.DataObject
 ) -> None:
-    """Break seen: `|cos|` without the absolute value."""
+    """Guards against: `|cos|` without the absolute value."""
     layers = data.draw(st.permutations(range(6)), label="order")
     keeps = data.draw(
         st.lists(st.sampled_from([0.0, 0.0, 0.25, THIRD, 0.5]), min_size=1, max_size=4),

@@ -141,7 +141,7 @@ def assert_near(offline: Sequence[float], served: Sequence[float], texts: Sequen
 def test_an_answers_loss_is_that_of_decoding_it(
     engine: tuple[Engine, Rule], texts: list[Text]
 ) -> None:
-    """Breaks seen: answer rows that compete; the tail taken of the text; a window's part counted
+    """Guards against: answer rows that compete; the tail taken of the text; a window's part counted
     with the rows that are computed in any case."""
     served, rule = engine
     offline = offline_losses(served, rule, texts)

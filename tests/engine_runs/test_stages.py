@@ -127,7 +127,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_two_stages_equal_the_reference(answers: list[dict[str, Any]], case: int) -> None:
-    """Break seen: a table that one stage alone keeps, because it alone scores."""
+    """Guards against: a table that one stage alone keeps, because it alone scores."""
     answer = answers[case]
     assert answer["margin"] > SAFE_MARGIN, "float noise chose: take other prompts"
     assert max(answer["worst"]) < TOLERANCE

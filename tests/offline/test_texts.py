@@ -143,7 +143,7 @@ def test_texts_of_any_length_score_as_in_the_reference(
     model: Any,
     texts: list[list[int]],
 ) -> None:
-    """Break seen: the sinks of a pack counted off from a text in which nothing competes."""
+    """Guards against: the sinks of a pack counted off from a text in which nothing competes."""
     layers, _, numbers, is_served = CASES[case]
     reference = Reference(model, Rule.of({**numbers, "layers": layers}))
     requests = []

@@ -56,7 +56,7 @@ def test_a_prompt_not_longer_than_the_first_token_and_the_tail_has_no_plan(tail:
 
 
 def test_a_last_chunk_within_the_tail_has_no_plan() -> None:
-    """Break seen: the tail taken of the chunk."""
+    """Guards against: the tail taken of the chunk."""
     assert make_plan(batch((40, 16, 56)), [0.0], 128, 16) is None
     assert plan_of((39, 17, 56), keep=0.0, tail=16).candidates.tolist() == [0]
 
@@ -74,7 +74,7 @@ def test_a_chunk_before_the_tail_has_nothing_that_is_computed_in_any_case() -> N
 
 
 def test_a_first_chunk_of_one_token_has_no_plan() -> None:
-    """Break seen: position 0 competes."""
+    """Guards against: position 0 competes."""
     assert make_plan(batch((0, 1, 50)), [THIRD, 0.0], 128, 1) is None
 
 
@@ -84,7 +84,7 @@ def test_windows_so_small_that_everything_is_chosen_have_no_plan() -> None:
 
 
 def test_position_0_and_the_tail_are_always_computed_and_do_not_count() -> None:
-    """Breaks seen: position 0 counts in its window; the tail in its."""
+    """Guards against: position 0 counts in its window; the tail in its."""
     plan = plan_of((0, 302, 302), tail=10)
     assert sizes(plan) == [127, 128, 36]
     assert chosen(plan) == [43, 43, 12]
@@ -245,7 +245,7 @@ def test_a_plan_is_made_in_a_few_vector_operations(tokens: int) -> None:
 def test_the_rehearsed_plan_selects_no_less_than_that_of_one_prompt_as_long(
     tokens: int, most: int, tail: int, keeps: list[float]
 ) -> None:
-    """Break seen: prompts so short that all of them are tail, and so no plan at all."""
+    """Guards against: prompts so short that all of them are tail, and so no plan at all."""
     rehearsed = profile_run_batch(tokens, most, keeps, tail)
     assert rehearsed.query_len.sum() == tokens
     assert len(rehearsed.query_len) <= most

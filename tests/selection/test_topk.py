@@ -92,7 +92,7 @@ def test_ties_go_to_the_lower_position() -> None:
 
 
 def test_position_0_and_the_tail_take_nobodys_place() -> None:
-    """Break seen: the lowest score of all, position 0's, for one of two."""
+    """Guards against: the lowest score of all, position 0's, for one of two."""
     plan = prompt_plan(7, 0.5, window=0, tail=2)
     assert select_rows(plan, [0.0, 0.5, 0.4, 0.3, 0.9, 0.1, 0.1], 0.5) == [0, 2, 3, 5, 6]
 

@@ -20,7 +20,7 @@ answer([found, share_that_differs("cpu", tokens=700, hidden=600)])
 
 
 def test_the_kernels_select_what_the_sort_selects() -> None:
-    """Breaks seen: ties to the higher position; the places of another keep."""
+    """Guards against: ties to the higher position; the places of another keep."""
     found, share = Script(COMPARE, 40, TRITON_INTERPRET="1", OMP_NUM_THREADS="1").answer
     assert found == []
     assert share == 0
