@@ -141,7 +141,7 @@ def profile_in(cache: Path) -> Profile:
 
 def layers_of(profile: Profile, count: int) -> list[list[float]]:
     """The first of a profile, as they travel."""
-    return [list(entry.layer_keep) for entry in profile.entries[:count]]
+    return [[entry.layer, entry.keep] for entry in profile.entries[:count]]
 
 
 def write_tuned(model_path: str, folder: Path) -> str:

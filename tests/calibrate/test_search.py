@@ -8,10 +8,10 @@ import pytest
 
 from orthorank_vllm.calibrate.kinds import KINDS
 from orthorank_vllm.calibrate.search import (
-    LEAST_TRIED,
     CARRIES,
     DEAR,
     HALF,
+    LEAST_TRIED,
     LUCK,
     LUCK_NATS,
     NOISE_SHARE,
