@@ -7,7 +7,7 @@ which few to try. In the spirit of SLEB (arXiv 2402.09025), by the loss that a s
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from orthorank_vllm.calibrate.measured import Layers, Losses, Measured
@@ -142,9 +142,23 @@ class Search:
         second = self._best(others) if others else None
         if not self._take(best, found[best]) or second is None or is_reached():
             return
+        if added[second] / _saved(second) > self._least_known(without=found):
+            return
         beside = self.here.of(self.chosen, [second])[second]
         if self._added(beside) <= TOGETHER * added[second] + SAME_LOSS:
             self._take(second, beside)
+
+    def _least_known(self, without: Collection[LayerKeep]) -> float:
+        """What the best of the other layers added when it was last tried, for what it saves."""
+        layers = {layer for layer, _ in (*self.chosen, *without)} | self.put_off
+        return min(
+            (
+                added / _saved(each)
+                for each, added in self.added.items()
+                if each.layer not in layers
+            ),
+            default=math.inf,
+        )
 
     def _to_try(self) -> list[LayerKeep]:
         taken = {layer for layer, _ in self.chosen}
