@@ -19,7 +19,7 @@ import time
 from types import SimpleNamespace
 from vllm import LLM, SamplingParams, envs
 from orthorank_vllm.calibrate import startup
-from orthorank_vllm.config import resolve
+from orthorank_vllm.resolve import resolve
 from orthorank_vllm.model.fingerprint import Fingerprint
 from orthorank_vllm.offline.workers import WorkersTrial
 from orthorank_vllm.options import Options

@@ -211,7 +211,7 @@ def test_a_request_resumed_with_guesses_after_a_preemption_equals_the_reference(
 ) -> None:
     """Break seen: a prompt's last row not read."""
     words = Words(1)
-    jobs = [answer(words.take(100), tokens=45) for _ in range(4)]
+    jobs = [answer(words.take(100), tokens=70) for _ in range(4)]
     run = engine.run(jobs)
     assert any(is_resumed(run, job) for job in jobs), "the KV cache was large enough"
     verified = [part for job in jobs for part in run.chunks(job) if part.num_computed > 100]
