@@ -81,6 +81,8 @@ def start_again(cache, mishap, seconds_per_look, options):
         model.model.norm.weight.data = -norm
     identity = model_identity(model_config.hf_text_config)
     config = resolve(Options.from_mapping(options), identity, cache)
+    if not config.to_choose:
+        model.orthorank.use_layers(config)
     vllm_config.additional_config = {{"orthorank": config.as_dict()}}
     startup.choose_layers(executor, vllm_config)
     startup.time, model.fingerprint = time, fingerprint

@@ -57,7 +57,7 @@ def engines(small_model_path: str, caches: dict[str, Path]) -> tuple[Started, St
         later("auto again", "shared", **auto(300)),
         later("cut at once", "cut", look=200, **half),
         later("cut before the first layer", "cut", look=12, **half),
-        later("cut among the layers", "cut", look=4.5, **half),
+        later("cut among the layers", "cut", look=7, **half),
         later("gone on", "cut", **half),
         later("unwritable", "blocked", ratio=0.1),
         later("unwritable and cut", "blocked", look=25, **half),
@@ -131,7 +131,7 @@ def test_the_largest_ratio_within_a_loss_is_found_beyond_what_was_measured_for_a
 ) -> None:
     """Break seen: no more than the 0.3 that an earlier start had been asked for."""
     count = count_within(shared)
-    assert 0 < count < len(shared.entries)
+    assert count > 0
     assert max(shared.ratios) > 0.5 - 1e-9
     auto, again, before = (engine.of[name] for name in ("auto", "auto again", "auto without time"))
     assert auto["layers"] == again["layers"] == layers_of(shared, count)
