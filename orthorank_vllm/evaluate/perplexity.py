@@ -7,7 +7,7 @@ from typing import Any
 
 from orthorank_vllm.calibrate.text import Text
 from orthorank_vllm.offline import worker_calls
-from orthorank_vllm.offline.texts import TextScore
+from orthorank_vllm.offline.texts import TextScore, packed
 from orthorank_vllm.offline.workers import Workers
 from orthorank_vllm.options import OptionError
 from orthorank_vllm.selection.method import Method
@@ -60,15 +60,8 @@ class Scorer:
 
 def _forwards(lengths: Sequence[int]) -> list[list[int]]:
     by_length = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
-    forwards: list[list[int]] = []
-    room = 0
-    for index in by_length:
-        if lengths[index] > room:
-            forwards.append([])
-            room = max(TOKENS_PER_FORWARD, lengths[index])
-        forwards[-1].append(index)
-        room -= lengths[index]
-    return forwards
+    forwards = packed((lengths[index] for index in by_length), TOKENS_PER_FORWARD)
+    return [[by_length[place] for place in places] for places in forwards]
 
 
 def cut(text: Text, tokens: Sequence[int], length: int) -> list[list[int]]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from orthorank_vllm.model.ops import add_and_norm
-from orthorank_vllm.offline.texts import LOGIT_ROWS, Forward
+from orthorank_vllm.offline.texts import LOGIT_ROWS, Forward, packed
 from orthorank_vllm.selection.method import Method
 
 # In one forward: enough to keep the processor busy, little enough to stay small.
@@ -234,12 +234,5 @@ class ServedStep:
 
 def groups_of(texts: Sequence[Answered]) -> list[list[Answered]]:
     """The texts in order, as many together as make a good forward."""
-    groups: list[list[Answered]] = []
-    room = 0
-    for text in texts:
-        if len(text.tokens) > room:
-            groups.append([])
-            room = max(TOKENS_PER_FORWARD, len(text.tokens))
-        groups[-1].append(text)
-        room -= len(text.tokens)
-    return groups
+    forwards = packed((len(text.tokens) for text in texts), TOKENS_PER_FORWARD)
+    return [[texts[index] for index in indices] for indices in forwards]

@@ -149,3 +149,24 @@ class Forward:
             TextScore(float(p.sum()), bool(g.all()))
             for p, g in zip(log_prob.split(counts), is_greedy.split(counts), strict=True)
         ]
+
+
+def packed(lengths: Iterable[int], room_of_one: int) -> list[list[int]]:
+    """Which texts go together into one forward: as many, in order, as there is room for.
+
+    Args:
+        lengths: tokens of each text.
+        room_of_one: tokens of a forward; a longer text has one of its own length.
+
+    Returns:
+        indices of texts, by forward.
+    """
+    forwards: list[list[int]] = []
+    room = 0
+    for index, length in enumerate(lengths):
+        if length > room:
+            forwards.append([])
+            room = max(room_of_one, length)
+        forwards[-1].append(index)
+        room -= length
+    return forwards
