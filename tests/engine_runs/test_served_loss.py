@@ -2,18 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
-from vllm import SamplingParams
 from vllm.forward_context import set_forward_context
-from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from orthorank_vllm.offline.served import AnswerLoss, DenseAnswers, ServedStep, groups_of
 from orthorank_vllm.offline.texts import Forward
 from orthorank_vllm.selection.method import Method
 from tests.conftest import Prompts
+from tests.support.forced_answers import ForcedAnswers, forced, log_probs_in
 from tests.support.reference import Rule
 from tests.support.replay import TOLERANCE, Engine
 
@@ -27,7 +25,6 @@ RULES = {
 }
 # Of a prompt and its answer; the last prompt is not longer than the longest tail.
 LENGTHS = ((230, 20), (150, 12), (97, 9), (40, 6))
-ANSWER = "forced_answer"
 
 
 @dataclass(frozen=True)
@@ -39,30 +36,13 @@ class Text:
     scored: tuple[tuple[int, int], ...]
 
 
-class Forced(AdapterLogitsProcessor):
-    """Lets a request say the answer that it was given; log-probabilities are of before that."""
-
-    def is_argmax_invariant(self) -> bool:
-        return False
-
-    def new_req_logits_processor(self, params: SamplingParams) -> Any:
-        answer = (params.extra_args or {})[ANSWER]
-
-        def force(said: list[int], logits: torch.Tensor) -> torch.Tensor:
-            forced = torch.full_like(logits, -torch.inf)
-            forced[answer[len(said)]] = 0
-            return forced
-
-        return force
-
-
 @pytest.fixture(scope="module")
 def served(small_model_path: str) -> Engine:
     return Engine(
         small_model_path,
         enforce_eager=True,
         max_model_len=512,
-        logits_processors=[Forced],
+        logits_processors=[ForcedAnswers],
         additional_config={"orthorank": RULES["mixed"].options},
     )
 
@@ -93,24 +73,13 @@ def served_losses(engine: Engine, texts: Sequence[Text]) -> list[float]:
     lengths = {text.tokens: text.prompt_len for text in texts}
     outputs = engine.llm.generate(
         [{"prompt_token_ids": list(tokens[: lengths[tokens]])} for tokens in answers],
-        [
-            SamplingParams(
-                temperature=0,
-                max_tokens=len(answer),
-                ignore_eos=True,
-                logprobs=0,
-                extra_args={ANSWER: answer},
-            )
-            for answer in answers.values()
-        ],
+        [forced(answer) for answer in answers.values()],
         use_tqdm=False,
     )
-    told: dict[tuple[int, ...], list[float]] = {}
-    for (tokens, answer), output in zip(answers.items(), outputs, strict=True):
-        [said] = output.outputs
-        assert list(said.token_ids) == answer
-        entries: Any = said.logprobs
-        told[tokens] = [-entry[token].logprob for entry, token in zip(entries, answer, strict=True)]
+    told = {
+        tokens: [-log_prob for log_prob in log_probs_in(output, answer)]
+        for (tokens, answer), output in zip(answers.items(), outputs, strict=True)
+    }
     return [
         sum(told[text.tokens][i - text.prompt_len] for i in range(first, end))
         for text in texts

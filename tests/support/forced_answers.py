@@ -31,18 +31,26 @@ class ForcedAnswers(AdapterLogitsProcessor):
         return force
 
 
-def log_probs_of(llm: LLM, prompt: list[int], answer: list[int]) -> tuple[list[float], int]:
-    """The log-probabilities of an answer's tokens, and how many of the prompt's were cached."""
-    params = SamplingParams(
+def forced(answer: list[int]) -> SamplingParams:
+    """What makes a request say an answer, and report what the model thought of it."""
+    return SamplingParams(
         temperature=0,
         max_tokens=len(answer),
         ignore_eos=True,
         logprobs=0,
         extra_args={_KEY: answer},
     )
+
+
+def log_probs_in(output: Any, answer: list[int]) -> list[float]:
+    """The log-probabilities of an answer's tokens, of a request that was made to say it."""
+    [said] = output.outputs
+    assert list(said.token_ids) == answer
+    return [entry[token].logprob for entry, token in zip(said.logprobs, answer, strict=True)]
+
+
+def log_probs_of(llm: LLM, prompt: list[int], answer: list[int]) -> tuple[list[float], int]:
+    """The log-probabilities of an answer's tokens, and how many of the prompt's were cached."""
     given: Any = {"prompt_token_ids": prompt}
-    (output,) = llm.generate([given], params, use_tqdm=False)
-    told: Any = output.outputs[0].logprobs
-    assert list(output.outputs[0].token_ids) == answer
-    log_probs = [entry[token].logprob for entry, token in zip(told, answer, strict=True)]
-    return log_probs, output.num_cached_tokens or 0
+    (output,) = llm.generate([given], forced(answer), use_tqdm=False)
+    return log_probs_in(output, answer), output.num_cached_tokens or 0
