@@ -3,6 +3,8 @@
 `test_rules.py` has more rules and schedules, on a model that costs next to nothing.
 """
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -24,8 +26,8 @@ BLOCK_SIZE, NUM_BLOCKS = 32, 64
 
 
 @pytest.fixture(scope="module")
-def engine(model_path: str) -> Engine:
-    return Engine(
+def engine(model_path: str) -> Iterator[Engine]:
+    engine = Engine(
         model_path,
         enforce_eager=True,
         max_model_len=1024,
@@ -34,6 +36,8 @@ def engine(model_path: str) -> Engine:
         num_gpu_blocks_override=NUM_BLOCKS,
         additional_config={"orthorank": RULE.options},
     )
+    yield engine
+    engine.close()
 
 
 @pytest.fixture(scope="module")

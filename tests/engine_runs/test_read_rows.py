@@ -48,7 +48,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def engine(model_folder: str) -> Iterator[Engine]:
-    yield Engine(
+    engine = Engine(
         model_folder,
         enforce_eager=True,
         skip_tokenizer_init=True,
@@ -63,6 +63,8 @@ def engine(model_folder: str) -> Iterator[Engine]:
         },
         additional_config={"orthorank": RULE.options},
     )
+    yield engine
+    engine.close()
     # Speculation imported it. vLLM looks through all modules when the process's next engine starts,
     # and what this one holds says that it has a `__dict__` which is none.
     sys.modules.pop("llvmlite.binding.ffi", None)

@@ -49,8 +49,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def served(model_folder: str) -> Engine:
-    return Engine(
+def served(model_folder: str) -> Iterator[Engine]:
+    engine = Engine(
         model_folder,
         enforce_eager=True,
         skip_tokenizer_init=True,
@@ -60,6 +60,8 @@ def served(model_folder: str) -> Engine:
         num_gpu_blocks_override=NUM_BLOCKS,
         additional_config={"orthorank": MIXED.options},
     )
+    yield engine
+    engine.close()
 
 
 @pytest.fixture(scope="module")

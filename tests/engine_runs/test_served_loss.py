@@ -37,14 +37,16 @@ class Text:
 
 
 @pytest.fixture(scope="module")
-def served(small_model_path: str) -> Engine:
-    return Engine(
+def served(small_model_path: str) -> Iterator[Engine]:
+    engine = Engine(
         small_model_path,
         enforce_eager=True,
         max_model_len=512,
         logits_processors=[ForcedAnswers],
         additional_config={"orthorank": RULES["mixed"].options},
     )
+    yield engine
+    engine.close()
 
 
 @pytest.fixture(params=RULES)

@@ -72,6 +72,14 @@ class Engine:
         self.scheduler = self.core.scheduler
         self.default_budget = self.scheduler.max_num_scheduled_tokens
 
+    def close(self) -> None:
+        """End the engine now.
+
+        An engine that is merely dropped ends when it is collected, and takes the process groups of
+        the next one in this process with it.
+        """
+        self.llm.llm_engine.engine_core.shutdown()
+
     @property
     def runner(self) -> Any:
         return self.core.model_executor.driver_worker.worker.model_runner
