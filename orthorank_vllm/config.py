@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from orthorank_vllm.options import RATIO, LayerKeep, at_most
@@ -32,6 +33,8 @@ class OrthoRankConfig:
         ratio_asked: None where layers were given without one, or the ratio is to be found.
         max_loss: what the ratio is to be found by; None where it is given.
         keep: of every layer, if given by hand.
+        wants_stand_in: whether a profile is to bring what stands in for skipped updates.
+        stand_in, stand_in_share: file of those maps, empty for none; see `Profile.share`.
         layers: in the profile's order; may be none.
         to_choose: the layers are still to be chosen when the weights are loaded.
         measured_on: fingerprint of the weights that `layers` were measured on; empty
@@ -47,6 +50,9 @@ class OrthoRankConfig:
     num_layers: int
     max_loss: float | None = None
     keep: float | None = None
+    wants_stand_in: bool = False
+    stand_in: str = ""
+    stand_in_share: float = 0.0
     layers: tuple[LayerKeep, ...] = ()
     source: str = ""
     to_choose: bool = False
@@ -60,7 +66,7 @@ class OrthoRankConfig:
     @property
     def ratio(self) -> float:
         """The ratio reached: the fraction of token-layer updates that prefill skips."""
-        return ratio_of(self.layers, self.num_layers)
+        return ratio_of(self.layers, self.num_layers, self.stand_in_share)
 
     @property
     def keeps(self) -> tuple[float, ...]:
@@ -111,7 +117,8 @@ class OrthoRankConfig:
 
     def reached(self, profile: Profile, count: int) -> float:
         """The ratio that a profile's first entries reach, but for float noise above it."""
-        return ratio_of(self._of(profile, count), self.num_layers) + 1e-9
+        layers = self._of(profile, count)
+        return ratio_of(layers, self.num_layers, self._with_stand_in(profile).stand_in_share) + 1e-9
 
     def with_profile(self, profile: Profile, source: str = "") -> "OrthoRankConfig":
         """A copy with the first entries of a profile, all of them where they are too few.
@@ -128,7 +135,7 @@ class OrthoRankConfig:
                 f"by {source} no layer can be selective at a loss of {self.max_loss}",
                 "allow more with --orthorank-max-loss, or give --orthorank-ratio a number",
             )
-        chosen = self.with_layers(self._of(profile, count), source)
+        chosen = self._with_stand_in(profile).with_layers(self._of(profile, count), source)
         chosen = replace(chosen, measured_on=profile.weights or "")
         if not self._is_of(profile):
             return chosen
@@ -173,10 +180,12 @@ class OrthoRankConfig:
             asked = f" (auto: at most {self.max_loss:.3g} nats lost)"
         elif self.ratio_asked is not None:
             asked = f" (asked for {self.ratio_asked:.3g})"
+        stand_in = f"stand-ins of {Path(self.stand_in).name}" if self.stand_in else "no stand-ins"
         window = f"window {self.window}" if self.window else "window: whole prompt"
         expected = "" if self.expected is None else f", expected loss {describe(self.expected)}"
         return (
             f"OrthoRank is active: ratio {self.ratio:.3f}{asked}, {window}, tail {self.tail}, "
+            f"{stand_in}, "
             f"{len(self.layers)} of {self.num_layers} layers selective "
             f"[{','.join(map(str, self.layers))}], chosen by {self.source}{expected}"
         )
@@ -210,15 +219,28 @@ class OrthoRankConfig:
             for entry in profile.entries[:count]
         ]
 
+    def _with_stand_in(self, profile: Profile) -> "OrthoRankConfig":
+        """A copy with the profile's stand-ins, where none were given by hand."""
+        if self.stand_in or not self.wants_stand_in or profile.stand_in_path is None:
+            return self
+        path = str(profile.stand_in_path)
+        return replace(self, stand_in=path, stand_in_share=profile.share)
+
     def _is_of(self, profile: Profile) -> bool:
         """Whether the profile's costs are of what is run."""
         rule = (profile.window, profile.tail) == (self.window, self.tail)
-        return rule and self.keep is None
+        stand_in = self._with_stand_in(profile).stand_in
+        is_same_stand_in = stand_in == str(profile.stand_in_path or "")
+        return rule and is_same_stand_in and self.keep is None
 
 
-def ratio_of(layers: Sequence[LayerKeep], num_layers: int) -> float:
-    """The ratio that these layers reach."""
-    return sum(1 - (keep or 0.0) for _, keep in layers) / num_layers
+def ratio_of(layers: Sequence[LayerKeep], num_layers: int, stand_in_share: float = 0.0) -> float:
+    """The ratio that these layers reach.
+
+    Args:
+        stand_in_share: see `Profile.share`.
+    """
+    return sum(1 - (keep or 0.0) for _, keep in layers) * (1 - stand_in_share) / num_layers
 
 
 def describe(cost: Cost) -> str:

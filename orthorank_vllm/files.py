@@ -26,7 +26,7 @@ def check_writable(path: Path) -> None:
         ) from None
 
 
-def write_whole(path: Path, content: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write aside, then rename: a reader meets the old content or the new.
 
     Raises:
@@ -34,7 +34,7 @@ def write_whole(path: Path, content: str) -> None:
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(content)
+        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

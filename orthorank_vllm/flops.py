@@ -80,6 +80,10 @@ class Shapes:
         router = 2.0 * self.hidden * self.experts if self.experts > 1 else 0.0
         return query_and_output + mlp + router + 4.0 * head_rows * keys
 
+    def stand_in(self, rank: int) -> float:
+        """Operations of a linear map of low rank for one token."""
+        return 4.0 * self.hidden * rank
+
     @property
     def head(self) -> float:
         """Operations of the logits of one token."""
@@ -110,7 +114,11 @@ def prefill_flops(
 
 
 def flops_saved(
-    plan: Plan, shapes: Shapes, layers: Mapping[int, float], last_layer: int | None
+    plan: Plan,
+    shapes: Shapes,
+    layers: Mapping[int, float],
+    last_layer: int | None,
+    stand_in_rank: int = 0,
 ) -> float:
     """Floating-point operations that a forward with this plan does not make.
 
@@ -120,6 +128,7 @@ def flops_saved(
     Args:
         layers: the selective ones that run it, and the keep of each.
         last_layer: the model's, which computes only what is read, if it runs it.
+        stand_in_rank: of all layers' stand-ins together, whose own work is none saved.
     """
     batch = plan.batch
     computes_few = last_layer is not None and plan.sampled_rows is not None
@@ -131,4 +140,7 @@ def flops_saved(
         skipped = skipped + batch.query_len - plan.sampled_per_request
     keys = batch.num_computed + (batch.prompt_tokens + 1) / 2
     total = float(skipped.sum())
-    return total * shapes.update(float((skipped * keys).sum()) / total) if total else 0.0
+    if not total:
+        return 0.0
+    saved = total * shapes.update(float((skipped * keys).sum()) / total)
+    return saved - plan.num_tokens * shapes.stand_in(stand_in_rank)

@@ -13,6 +13,7 @@ DEFAULT_WINDOW = 128
 DEFAULT_TAIL = 64
 DEFAULT_MAX_LOSS = 0.02
 AUTO = "auto"
+OFF = "off"
 # What `attention` may be: ways for a sparse set of queries, see the package of that name.
 ATTENTION_BACKENDS = ("auto", "gather", "triton", "cpu")
 # Positions are counted in 32 bits on the way.
@@ -184,6 +185,15 @@ LAYERS = Option(
     "give different layer indices from 0, with or without a keep from 0 to below 1, such as "
     '29:0,12:1/4 or 7,26 (in a YAML list with quotes, "29:0")',
 )
+STAND_IN = Option(
+    "stand_in",
+    "What the tokens that a layer skips get in place of its update: "
+    f'"{AUTO}", the linear maps that were fitted with the profile; "{OFF}", nothing; or a file of '
+    f"such maps (default: {AUTO}).",
+    lambda value: OFF if value is False else _of_type(value, str),
+    allowed=f"give {AUTO}, {OFF} or the path of a file that `orthorank calibrate` made",
+    default=AUTO,
+)
 PROFILE = Option(
     "profile",
     "A file with the model's layers in the order in which to make them selective "
@@ -213,7 +223,7 @@ ENDPOINT = Option(
     "endpoint", "Let the server answer GET /orthorank: what it runs and has counted, as JSON."
 )
 OPTIONS = (
-    *(RATIO, MAX_LOSS, KEEP, WINDOW, TAIL, LAYERS),
+    *(RATIO, MAX_LOSS, KEEP, WINDOW, TAIL, STAND_IN, LAYERS),
     *(PROFILE, CALIBRATE_SECONDS, ATTENTION, ENDPOINT),
 )
 OFFLINE = {option.name: option for option in OPTIONS if option.read is not None}
@@ -243,6 +253,7 @@ class Options:
     keep: float | None
     window: int
     tail: int
+    stand_in: str
     layers: tuple[LayerKeep, ...] | None
     profile: str | None
     calibrate_seconds: float

@@ -6,6 +6,7 @@ A profile is JSON in the form of `profile.schema.json`.
 import hashlib
 import itertools
 import json
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -16,6 +17,7 @@ from orthorank_vllm.files import write_whole
 from orthorank_vllm.options import LayerKeep
 
 FORMAT = 5
+MOST_HEADER = 10_000_000
 SHAPE_KEYS = (
     "hidden_size",
     "intermediate_size",
@@ -84,6 +86,10 @@ class Profile:
         weights: fingerprint of those measured on (`model.fingerprint`); None if there is none.
         alone: of each layer, what it costs by itself with keep 0, in nats per token by kind of
             text; on few samples.
+        stand_in: what stood in for what its layers left out: the "rank" of the maps, their
+            "share" of a layer's work and what they were "fitted_on"; "sha256" of their file, once
+            it is written. None: nothing did.
+        path: the file that it was read from.
         data: of the texts, by what they were for, "name", "sha256" and the samples of each kind.
     """
 
@@ -95,10 +101,12 @@ class Profile:
     method: str = "orthorank"
     weights: str | None = None
     alone: tuple[Mapping[str, float], ...] = ()
+    stand_in: dict[str, Any] | None = None
     data: dict[str, Any] | None = None
     dtype: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     date: str | None = None
+    path: Path | None = field(default=None, compare=False)
 
     @property
     def num_layers(self) -> int:
@@ -108,13 +116,48 @@ class Profile:
     def identity(self) -> dict[str, Any]:
         """What two measurements must share for one to go on where the other stopped."""
         names = ("model", "weights", "method", "window", "tail", "data", "dtype")
-        return {name: getattr(self, name) for name in names}
+        fit = {k: v for k, v in (self.stand_in or {}).items() if k != "sha256"}
+        return {name: getattr(self, name) for name in names} | {"stand_in": fit}
+
+    @property
+    def share(self) -> float:
+        """What its stand-ins cost of the work that a skipped update saves."""
+        return float(self.stand_in["share"]) if self.stand_in else 0.0
 
     @property
     def ratios(self) -> list[float]:
         """The ratio that is reached with each entry and those before it."""
         saved = itertools.accumulate(1 - entry.keep for entry in self.entries)
-        return [total / self.num_layers for total in saved]
+        return [total * (1 - self.share) / self.num_layers for total in saved]
+
+    @property
+    def stand_in_path(self) -> Path | None:
+        """Where its stand-ins are; None if it has none."""
+        if self.stand_in is None or self.path is None:
+            return None
+        return stand_ins_beside(self.path)
+
+    def check_stand_in(self) -> None:
+        """Check that its stand-ins are there, and those that it was measured with.
+
+        Raises:
+            ProfileError: they are not.
+        """
+        path = self.stand_in_path
+        if path is None or self.stand_in is None:
+            return
+        try:
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise ProfileError(
+                f"its stand-ins, {path}, cannot be read ({error.strerror}); keep both files "
+                "together, or give --orthorank-stand-in off"
+            ) from None
+        if found != self.stand_in.get("sha256"):
+            raise ProfileError(
+                f"{path} holds other stand-ins than it was measured with; measure it anew with "
+                "`orthorank calibrate`"
+            )
 
     def fits(self, model_shape: Mapping[str, Any]) -> bool:
         return all(self.model[key] == model_shape.get(key) for key in SHAPE_KEYS)
@@ -141,7 +184,11 @@ class Profile:
         """
         content = {
             "format": FORMAT,
-            **{key: value for key, value in vars(self).items() if value not in (None, {}, ())},
+            **{
+                key: value
+                for key, value in vars(self).items()
+                if value not in (None, {}, ()) and key != "path"
+            },
             "entries": [_entry_as_dict(entry) for entry in self.entries],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +237,35 @@ def read_profile(path: str | Path) -> Profile:
         raise ProfileError(f"it cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise ProfileError(f"it is not JSON ({error})") from None
-    return _from_json(content)
+    return _from_json(content, Path(path))
+
+
+def stand_ins_beside(path: Path) -> Path:
+    """Where the stand-ins of a profile's file are."""
+    return path.with_suffix(".safetensors")
+
+
+def read_stand_in_facts(path: str | Path) -> dict[str, str]:
+    """What a file of stand-ins says of itself: the "model" it was fitted on, its "share".
+
+    Raises:
+        ProfileError: missing, or no such file.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            # How safetensors begin: the length of what follows, then JSON.
+            (length,) = struct.unpack("<Q", file.read(8))
+            content = json.loads(file.read(min(length, MOST_HEADER)))
+        facts = dict(content["__metadata__"])
+        float(facts["share"]), facts["model"]
+        return facts
+    except OSError as error:
+        raise ProfileError(f"it cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, struct.error):
+        raise ProfileError(
+            "it holds no stand-ins; give one that `orthorank calibrate` made, NAME.safetensors "
+            "beside NAME.json"
+        ) from None
 
 
 def read_profile_of(model: Mapping[str, Any], path: str | Path) -> Profile:
@@ -212,22 +287,33 @@ def kept_folder(cache_root: str | Path) -> Path:
     return Path(cache_root) / "orthorank"
 
 
-def cached_path(cache_root: str | Path, sha256: str, weights: str, window: int, tail: int) -> Path:
+def cached_path(
+    cache_root: str | Path,
+    sha256: str,
+    weights: str,
+    window: int,
+    tail: int,
+    has_stand_in: bool = False,
+) -> Path:
     """Where the profile of a model is kept that was measured on this machine.
 
     Args:
         sha256, weights: of its configuration, and the fingerprint of its weights.
     """
-    return kept_folder(cache_root) / _cached_name(sha256, weights[:16], window, tail)
+    return kept_folder(cache_root) / _cached_name(sha256, weights[:16], window, tail, has_stand_in)
 
 
-def _cached_name(sha256: str, weights: str, window: int, tail: int) -> str:
-    return f"{sha256[:32]}-{weights}-window{window}-tail{tail}.json"
+def _cached_name(sha256: str, weights: str, window: int, tail: int, has_stand_in: bool) -> str:
+    stand_in = "-stand-in" if has_stand_in else ""
+    return f"{sha256[:32]}-{weights}-window{window}-tail{tail}{stand_in}.json"
 
 
-def kept_profiles(cache_root: str | Path, sha256: str, window: int, tail: int) -> list[Path]:
+def kept_profiles(
+    cache_root: str | Path, sha256: str, window: int, tail: int, has_stand_in: bool = False
+) -> list[Path]:
     """Where `cached_path` has profiles of this configuration, of whatever weights; newest first."""
-    found = kept_folder(cache_root).glob(_cached_name(sha256, "*", window, tail))
+    name = _cached_name(sha256, "*", window, tail, has_stand_in)
+    found = kept_folder(cache_root).glob(name)
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
@@ -236,16 +322,28 @@ def shipped_profiles() -> Iterator[Profile]:
     folder = resources.files("orthorank_vllm") / "profile_data"
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if entry.name.endswith(".json"):
-            yield _from_json(json.loads(entry.read_text()))
+            yield _from_json(json.loads(entry.read_text()), Path(str(entry)))
 
 
-def shipped_profile(model: Mapping[str, Any]) -> Profile | None:
+def shipped_profile(model: Mapping[str, Any], has_stand_in: bool = False) -> Profile | None:
     """The profile in the package that fits by shape, whatever weights it was measured on."""
-    return next((profile for profile in shipped_profiles() if profile.fits(model)), None)
+    return next(
+        (
+            profile
+            for profile in shipped_profiles()
+            if profile.fits(model) and (profile.stand_in is not None) == has_stand_in
+        ),
+        None,
+    )
 
 
 def find_profile(
-    model: Mapping[str, Any], weights: str | None, window: int, tail: int, cache_root: str | Path
+    model: Mapping[str, Any],
+    weights: str | None,
+    window: int,
+    tail: int,
+    cache_root: str | Path,
+    has_stand_in: bool = False,
 ) -> Profile | None:
     """The profile of a model: measured on this machine with this rule, or else shipped.
 
@@ -255,15 +353,16 @@ def find_profile(
         cache_root: vLLM's, see `cached_path`.
     """
     if weights is not None:
-        path = cached_path(cache_root, model["config_sha256"], weights, window, tail)
+        path = cached_path(cache_root, model["config_sha256"], weights, window, tail, has_stand_in)
         try:
             kept = read_profile(path)
+            kept.check_stand_in()
         except ProfileError:
             # Not there, or of another version: measured anew where that is asked for.
-            return shipped_profile(model)
+            return shipped_profile(model, has_stand_in)
         if kept.weights == weights:
             return kept
-    return shipped_profile(model)
+    return shipped_profile(model, has_stand_in)
 
 
 def _entry_as_dict(entry: Entry) -> dict[str, Any]:
@@ -284,7 +383,7 @@ def _entry_of(content: Mapping[str, Any]) -> Entry:
     return Entry(content["layer"], content["keep"], **costs)
 
 
-def _from_json(content: Any) -> Profile:
+def _from_json(content: Any, path: Path) -> Profile:
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import best_match
 
@@ -306,4 +405,4 @@ def _from_json(content: Any) -> Profile:
         raise ProfileError(f'its "entries" must hold different layer indices below {num_layers}')
     fields = {key: value for key, value in content.items() if key != "format"}
     entries, alone = map(_entry_of, content["entries"]), content.get("alone", ())
-    return Profile(**{**fields, "entries": tuple(entries), "alone": tuple(alone)})
+    return Profile(**{**fields, "entries": tuple(entries), "alone": tuple(alone)}, path=path)

@@ -9,8 +9,10 @@ from orthorank_vllm.options import (
     AUTO,
     DEFAULT_MAX_LOSS,
     LAYERS,
+    OFF,
     PROFILE,
     RATIO,
+    STAND_IN,
     TAIL,
     WINDOW,
     Options,
@@ -21,6 +23,7 @@ from orthorank_vllm.profiles import (
     ProfileError,
     kept_profiles,
     read_profile_of,
+    read_stand_in_facts,
     shipped_profile,
 )
 
@@ -59,9 +62,13 @@ def resolve(
         keep=options.keep,
         window=options.window,
         tail=options.tail,
+        wants_stand_in=options.stand_in == AUTO,
         num_layers=num_layers,
         attention=options.attention,
     )
+    if options.stand_in not in (AUTO, OFF):
+        config = _with_given_stand_in(config, options.stand_in, model)
+    has_stand_in = options.stand_in != OFF
     if options.layers is not None:
         _check_layers(options, num_layers)
         return config.with_layers(options.layer_keeps, LAYERS.flag)
@@ -70,9 +77,10 @@ def resolve(
     to_choose = replace(config, to_choose=True)
     if has_weights:
         to_choose = replace(to_choose, calibrate_seconds=options.calibrate_seconds)
-        if kept_profiles(cache_root, model["config_sha256"], options.window, options.tail):
+        rule = options.window, options.tail, has_stand_in
+        if kept_profiles(cache_root, model["config_sha256"], *rule):
             return to_choose
-    shipped = shipped_profile(model)
+    shipped = shipped_profile(model, has_stand_in)
     if shipped is not None and config.entries_needed(shipped) is not None:
         return config.with_profile(shipped)
     if not has_weights:
@@ -107,11 +115,25 @@ def _check_layers(options: Options, num_layers: int) -> None:
 def _given_profile(path: str, model: Mapping[str, Any], config: OrthoRankConfig) -> Profile:
     try:
         profile = read_profile_of(model, path)
+        if config.wants_stand_in:
+            profile.check_stand_in()
     except ProfileError as error:
         raise PROFILE.rejected(path, str(error)) from None
     if config.entries_needed(profile) is None:
         raise PROFILE.rejected(path, _lack(profile, config))
     return profile
+
+
+def _with_given_stand_in(
+    config: OrthoRankConfig, path: str, model: Mapping[str, Any]
+) -> OrthoRankConfig:
+    try:
+        told = read_stand_in_facts(path)
+    except ProfileError as error:
+        raise STAND_IN.rejected(path, str(error)) from None
+    if told["model"] != model["config_sha256"]:
+        raise STAND_IN.rejected(path, "it was fitted on a model of another configuration")
+    return replace(config, stand_in=path, stand_in_share=float(told["share"]))
 
 
 def _lack(profile: Profile, config: OrthoRankConfig) -> str:

@@ -2,23 +2,37 @@
 
 import datetime
 import functools
+import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from orthorank_vllm import __version__
+from orthorank_vllm.calibrate.fit_texts import make_fit_texts
 from orthorank_vllm.calibrate.kinds import KINDS, Sample, make_samples
 from orthorank_vllm.calibrate.measured import Measured
 from orthorank_vllm.calibrate.search import KEEPS, Search
 from orthorank_vllm.calibrate.text import Text
 from orthorank_vllm.files import write_whole
+from orthorank_vllm.flops import Shapes
+from orthorank_vllm.model.stand_in import (
+    StandIn,
+    read_metadata,
+    read_stand_ins,
+    write_stand_ins,
+)
+from orthorank_vllm.offline import worker_calls
+from orthorank_vllm.offline.stand_in_fit import RANK
 from orthorank_vllm.offline.workers import Workers, WorkersTrial
 from orthorank_vllm.options import OptionError
-from orthorank_vllm.profiles import Entry, Profile, model_identity
+from orthorank_vllm.profiles import Entry, Profile, model_identity, stand_ins_beside
 from orthorank_vllm.selection.method import Method
 
 PROMPT = 640
@@ -40,6 +54,8 @@ class Calibration:
 
     Attributes:
         texts: samples by what they are for: "scout", "calibration" and "held_back".
+        fit_texts: token ids by kind, for stand-ins; empty where there are to be none.
+        stand_in: see `Profile.stand_in`.
         weights: their fingerprint, once they are loaded; None if they have none.
     """
 
@@ -49,6 +65,8 @@ class Calibration:
     data: dict[str, Any]
     dtype: str
     texts: Mapping[str, list[Sample]]
+    fit_texts: Mapping[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    stand_in: dict[str, Any] | None = None
     weights: str | None = None
 
     @classmethod
@@ -60,6 +78,7 @@ class Calibration:
         held_back: Text,
         method: Method,
         samples: int | None = None,
+        has_stand_in: bool = False,
     ) -> "Calibration":
         """A calibration of one model.
 
@@ -67,6 +86,7 @@ class Calibration:
             model_config: vLLM's `ModelConfig`.
             text, held_back: what layers are chosen on, and what only speaks against them.
             samples: of each kind of text; None: the usual numbers.
+            has_stand_in: whether stand-ins are to be fitted, and layers chosen with them in place.
 
         Raises:
             OptionError: a text is too short, or the model's context is.
@@ -84,8 +104,11 @@ class Calibration:
         chosen_on = _samples(text, tokenizer, counts(SAMPLES), ANSWER)
         there = _samples(held_back, tokenizer, counts(HELD_BACK_SAMPLES), HELD_BACK_ANSWER)
         texts = {"scout": _first(chosen_on, SCOUTS), "calibration": chosen_on, "held_back": there}
+        fit_texts = make_fit_texts(text, tokenizer) if has_stand_in else {}
         return cls(
             name=Path(str(model_config.model)).name,
+            fit_texts=fit_texts,
+            stand_in=_stand_in_of(model_config, fit_texts) if has_stand_in else None,
             model=model_identity(model_config.hf_text_config),
             method=method,
             data={
@@ -119,6 +142,7 @@ class Calibration:
             model=self.model,
             entries=tuple(entries),
             alone=tuple(alone),
+            stand_in=self.stand_in,
             window=self.method.window,
             tail=self.method.tail,
             method=self.method.name,
@@ -153,6 +177,7 @@ class Course:
     on_unkept: Callable[[OSError], None] | None = None
     trials: int = 0
     measured: dict[str, Measured] = field(default_factory=dict)
+    _stand_ins: dict[int, StandIn] | None = None
 
     def __post_init__(self) -> None:
         for name, samples in self.calibration.texts.items():
@@ -169,6 +194,7 @@ class Course:
             here=self.measured["calibration"],
             held_back=self.measured["held_back"],
             num_layers=self.calibration.num_layers,
+            stand_in_share=self.calibration.profile_of(()).share,
             tries_keeps=not self.calibration.method.skips_layers,
             on_entry=on_entry,
         )
@@ -186,9 +212,15 @@ class Course:
             "identity": self.calibration.identity,
             "measured": {name: each.as_dict() for name, each in self.measured.items()},
         }
+        path = self.path
+        self._keep(lambda: write_whole(path, json.dumps(content) + "\n"))
+
+    def _keep(self, write: Callable[[], None]) -> None:
+        if self.path is None:
+            return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path, json.dumps(content) + "\n")
+            write()
         except OSError as error:
             if self.on_unkept is None:
                 raise
@@ -204,8 +236,58 @@ class Course:
         self.keep()
         self.on_trial()
 
+    @property
+    def stand_ins(self) -> dict[int, StandIn]:
+        """Those of every layer: fitted once, and kept beside the measurements.
+
+        Raises:
+            OSError: see `keep`.
+        """
+        if self._stand_ins is None:
+            identity = hashlib.sha256(repr(self.calibration.identity).encode()).hexdigest()
+            kept = None if self.path is None else fitted_of(self.path.with_suffix(""))
+            self._stand_ins = _kept_stand_ins(kept, identity, self.calibration.num_layers)
+            if not self._stand_ins:
+                self._stand_ins = self._fit()
+                if kept is not None:
+                    self._keep(lambda: write_stand_ins(kept, self.stand_ins, {"of": identity}))
+            self.workers.call(worker_calls.use_stand_ins, self._stand_ins)
+        return self._stand_ins
+
+    def write(self, profile: Profile, path: Path) -> Profile:
+        """Write a profile, and the stand-ins of its layers beside it.
+
+        Returns:
+            the profile as it was written.
+
+        Raises:
+            OSError: a profile that was there is untouched.
+        """
+        written = replace(profile, path=path)
+        if profile.stand_in is not None:
+            beside = stand_ins_beside(path)
+            stand_ins = {entry.layer: self.stand_ins[entry.layer] for entry in profile.entries}
+            facts = {
+                "model": str(profile.model["config_sha256"]),
+                "weights": profile.weights or "",
+                "share": str(profile.share),
+            }
+            write_stand_ins(beside, stand_ins, facts)
+            sha256 = hashlib.sha256(beside.read_bytes()).hexdigest()
+            written = replace(written, stand_in={**profile.stand_in, "sha256": sha256})
+        written.write(path)
+        return written
+
+    def _fit(self) -> dict[int, StandIn]:
+        texts = list(itertools.chain.from_iterable(self.calibration.fit_texts.values()))
+        held_back = [sample.tokens for sample in self.calibration.texts["held_back"]]
+        fitted: dict[int, StandIn] = self.workers.call(worker_calls.fit_stand_ins, texts, held_back)
+        return fitted
+
     def _open(self, name: str) -> WorkersTrial:
         calibration = self.calibration
+        if calibration.stand_in is not None:
+            _ = self.stand_ins  # in the workers before anything is measured
         return WorkersTrial(
             self.workers, calibration.texts[name], calibration.method, KEEPS, name=name
         )
@@ -217,9 +299,34 @@ class Course:
         self.before_trial()
 
 
+def _stand_in_of(model_config: Any, texts: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
+    shapes = Shapes.of(model_config.hf_text_config)
+    rank = min(RANK, shapes.hidden)
+    return {
+        "rank": rank,
+        "share": round(shapes.stand_in(rank + 1) / shapes.update(0), 4),
+        "fitted_on": {kind: sum(map(len, of_kind)) for kind, of_kind in texts.items()},
+    }
+
+
+def _kept_stand_ins(path: Path | None, identity: str, num_layers: int) -> dict[int, StandIn]:
+    """What an earlier run of the same calibration fitted; empty if there is nothing of it."""
+    try:
+        if path is None or read_metadata(path) != {"of": identity}:
+            return {}
+        return read_stand_ins(path, range(num_layers))
+    except (OSError, SafetensorError):
+        return {}
+
+
 def measurements_of(output: Path) -> Path:
     """Where the measurements for a profile are kept."""
     return output.with_name(output.name + ".measured")
+
+
+def fitted_of(output: Path) -> Path:
+    """Where the stand-ins of all layers are kept meanwhile."""
+    return output.with_name(output.name + ".fitted")
 
 
 def read_measurements(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:

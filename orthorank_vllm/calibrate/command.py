@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from orthorank_vllm.calibrate.calibration import Calibration, Course, measurements_of
+from orthorank_vllm.calibrate.calibration import Calibration, Course, fitted_of, measurements_of
 from orthorank_vllm.calibrate.progress import SearchBar
 from orthorank_vllm.calibrate.search import NothingToTell
 from orthorank_vllm.calibrate.text import (
@@ -23,7 +23,7 @@ from orthorank_vllm.compat import cache_root
 from orthorank_vllm.config import describe
 from orthorank_vllm.files import check_writable
 from orthorank_vllm.offline.workers import Workers
-from orthorank_vllm.options import AUTO, RATIO, OptionError
+from orthorank_vllm.options import AUTO, OFF, RATIO, STAND_IN, OptionError
 from orthorank_vllm.profiles import Profile, ProfileError, cached_path, kept_folder, read_profile
 
 DEFAULT_MAX_RATIO = 0.5
@@ -55,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Choose layers up to this ratio (default: %(default)s).",
     )
     add_rule_arguments(group)
+    group.add_argument(
+        "--stand-in",
+        default=AUTO,
+        choices=(AUTO, OFF),
+        help="Fit what stands in for skipped updates, or choose layers without: as "
+        f"{STAND_IN.flag} (default: %(default)s).",
+    )
     group.add_argument(
         "--samples",
         help="Samples of each kind of text, prose, look-up, copy and chat (default: 2 or 3).",
@@ -94,7 +101,13 @@ def run(arguments: argparse.Namespace) -> int:
     vllm_config = measuring_config(arguments)
     model_config = vllm_config.model_config
     calibration = Calibration.of(
-        model_config, tokenizer_of(model_config), text, held_back, method, samples
+        model_config,
+        tokenizer_of(model_config),
+        text,
+        held_back,
+        method,
+        samples,
+        has_stand_in=arguments.stand_in == AUTO,
     )
     with loaded_workers(vllm_config) as workers:
         calibration = replace(calibration, weights=workers.call(worker_calls.fingerprint))
@@ -106,7 +119,8 @@ def run(arguments: argparse.Namespace) -> int:
         profile = measure(workers, calibration, max_ratio, output)
     if given is not None:
         # In the cache a later start may go on from it, to a higher ratio.
-        measurements_of(output).unlink(missing_ok=True)
+        for kept in (measurements_of(output), fitted_of(output)):
+            kept.unlink(missing_ok=True)
     print(table(profile))
     print(f"wrote {output}")
     return 0
@@ -150,10 +164,9 @@ def measure(workers: Workers, calibration: Calibration, max_ratio: float, output
             raise _unwritable(path, error) from None
     profile = calibration.profile_of(search.entries, search.alone)
     try:
-        profile.write(output)
+        return course.write(profile, output)
     except OSError as error:
         raise _unwritable(output, error) from None
-    return profile
 
 
 def known_profile(calibration: Calibration, output: Path) -> Profile | None:
@@ -195,6 +208,7 @@ def default_output(calibration: Calibration) -> Path:
         calibration.weights,
         calibration.method.window,
         calibration.method.tail,
+        calibration.stand_in is not None,
     )
 
 

@@ -91,7 +91,7 @@ def make_samples(
     length = prompt_len + (0 if kind == "look-up" else answer_len)
     passages = _passages(text, tokenizer.encode, count, length, numbers)
     if kind == "look-up":
-        words = _words_of(text)
+        words = words_of(text)
         return [
             _look_up(tokenizer, words, piece, prompt_len, questions, numbers) for piece in passages
         ]
@@ -184,7 +184,12 @@ def _write(tokenizer: Any, tokens: list[int], written: str, part: str) -> str:
     return written + part
 
 
-def _words_of(text: Text) -> list[str]:
+def words_of(text: Text) -> list[str]:
+    """Words for a list, ascending.
+
+    Raises:
+        OptionError: there are too few.
+    """
     found = set(WORD.findall(text.content[:WORDS_FROM]))
     words = sorted(word for word in found if word == word.lower())
     if len(words) < FEWEST_LINES:

@@ -53,6 +53,7 @@ class Search:
         entries: found so far, in order.
         added: what each layer added when it was last measured at a keep, in nats per token.
         put_off: layers that come after all others.
+        stand_in_share: see `Profile.share`.
         tries_keeps: whether a layer may also compute some of its tokens.
         on_entry: called after each entry.
     """
@@ -62,6 +63,7 @@ class Search:
     held_back: Measured
     num_layers: int
     tries_keeps: bool = True
+    stand_in_share: float = 0.0
     on_entry: Callable[[], None] = lambda: None
     entries: list[Entry] = field(default_factory=list)
     added: dict[LayerKeep, float] = field(default_factory=dict)
@@ -74,7 +76,7 @@ class Search:
     @property
     def ratio(self) -> float:
         """The ratio reached so far."""
-        return ratio_of(self.chosen, self.num_layers)
+        return ratio_of(self.chosen, self.num_layers, self.stand_in_share)
 
     @property
     def alone(self) -> tuple[Mapping[str, float], ...]:

@@ -91,12 +91,12 @@ def _chosen(
 ) -> OrthoRankConfig:
     root = cache_root()
     model = model_identity(model_config.hf_text_config)
-    rule = config.window, config.tail
+    rule = config.window, config.tail, config.wants_stand_in
     path = None
     if weights is not None:
         path = cached_path(root, model["config_sha256"], weights, *rule)
     with _alone(path, deadline):
-        known = find_profile(model, weights, *rule, root)
+        known = find_profile(model, weights, *rule[:2], root, config.wants_stand_in)
         if known is not None and _is_enough(known, config):
             return config.with_profile(known)
         if not config.calibrate_seconds:
@@ -141,7 +141,12 @@ def _calibrated(
     text, held_back = built_in_text(), held_back_text()
     try:
         calibration = Calibration.of(
-            model_config, tokenizer_of(model_config), text, held_back, method
+            model_config,
+            tokenizer_of(model_config),
+            text,
+            held_back,
+            method,
+            has_stand_in=config.wants_stand_in,
         )
     except OptionError as error:
         return config.dense(str(error), "give --orthorank-profile or --orthorank-layers")
@@ -179,13 +184,21 @@ def _calibrated(
         )
     finally:
         workers.call(worker_calls.forget_texts)
-    profile = calibration.profile_of(search.entries, search.alone)
+    profile = _with_stand_ins(course, calibration.profile_of(search.entries, search.alone))
     logger.info(
         "OrthoRank chose its layers in %.0f s, with %d trials.",
         time.monotonic() - start,
         course.trials,
     )
-    return config.with_profile(profile, f"calibration at start-up, {_store(profile, path)}")
+    return config.with_profile(profile, f"calibration at start-up, {_store(course, profile, path)}")
+
+
+def _with_stand_ins(course: Course, profile: Profile) -> Profile:
+    """The profile, once its stand-ins are in the workers; whether they are in a file or not."""
+    if profile.stand_in is None:
+        return profile
+    _ = course.stand_ins
+    return replace(profile, path=course.path or Path("not kept"))
 
 
 def _target(config: OrthoRankConfig) -> float:
@@ -209,11 +222,12 @@ def _cut(course: Course, config: OrthoRankConfig, profile: Profile) -> OrthoRank
     )
     if not profile.entries:
         return config.dense(reason, remedy)
+    profile = _with_stand_ins(course, profile)
     found = config.with_profile(profile, f"an unfinished calibration: {reason}")
     return replace(found, remedy=remedy)
 
 
-def _store(profile: Profile, path: Path | None) -> str:
+def _store(course: Course, profile: Profile, path: Path | None) -> str:
     """Keep a profile and say what became of it, for the start-up line."""
     if path is None:
         logger.warning(
@@ -222,7 +236,7 @@ def _store(profile: Profile, path: Path | None) -> str:
         )
         return "not kept"
     try:
-        profile.write(path)
+        course.write(profile, path)
     except OSError as error:
         # This start is as good as any; the next one measures again.
         logger.warning("OrthoRank could not keep the profile in %s (%s).", path, error.strerror)

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from orthorank_vllm.options import TAIL, WINDOW, OptionError
+from orthorank_vllm.options import STAND_IN, TAIL, WINDOW, OptionError
 from orthorank_vllm.selection.method import Method
 
 
@@ -15,6 +15,11 @@ def add_rule_arguments(group: Any) -> None:
             default=option.default,
             help=f"As {option.flag} (default: %(default)s).",
         )
+
+
+def add_stand_in_argument(group: Any) -> None:
+    """Add `--stand-in`, of which `STAND_IN` is the parser."""
+    group.add_argument("--stand-in", default=STAND_IN.default, help=f"As {STAND_IN.flag}.")
 
 
 def rule_of(arguments: argparse.Namespace) -> Method:

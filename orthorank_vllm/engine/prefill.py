@@ -1,11 +1,13 @@
 """What an OrthoRank model carries besides its stock modules."""
 
 import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from vllm.sequence import IntermediateTensors
 
 from orthorank_vllm.attention.backend import choose_backend
@@ -17,8 +19,9 @@ from orthorank_vllm.model.forward import Outcome, SelectiveLayer, sparse_forward
 from orthorank_vllm.model.ops import add_and_norm
 from orthorank_vllm.model.qkv import FusedWeight, PackedWeight, SlicedWeight, SplitWeight
 from orthorank_vllm.model.sinks import SinkTable
+from orthorank_vllm.model.stand_in import FusedStandIn, read_stand_ins
 from orthorank_vllm.model.tensor_parallel import is_first_rank
-from orthorank_vllm.options import OptionError
+from orthorank_vllm.options import STAND_IN, OptionError
 from orthorank_vllm.selection.plan import Batch, Plan, make_plan, profile_run_batch
 
 # vLLM shows the log lines of its own namespace only.
@@ -77,16 +80,30 @@ class SparsePrefill:
         if not self.config.to_choose:
             self.use_layers(self.config)
 
-    def use_layers(self, config: OrthoRankConfig) -> None:
-        """Take the layers that are final now, at once or after a calibration at start-up."""
+    def use_layers(
+        self, config: OrthoRankConfig, stand_ins: Mapping[int, FusedStandIn] | None = None
+    ) -> None:
+        """Take the layers that are final now, at once or after a calibration at start-up.
+
+        Args:
+            stand_ins: of any layers; None: those in the configuration's file.
+
+        Raises:
+            OptionError: that file cannot be used.
+        """
         self.config = config
         keeps = {layer: keep for layer, keep in config.layers if layer in self._decoder.layers}
         scored = sorted(layer for layer, keep in keeps.items() if keep)
+        if not config.stand_in:
+            stand_ins = {}
+        elif stand_ins is None:
+            stand_ins = self._stand_ins_of(keeps)
         self._selective = {
             layer: SelectiveLayer(
                 keeps[layer] or 0.0,
                 scored.index(layer) if layer in scored else None,
                 self._split_of(layer),
+                stand_ins.get(layer),
             )
             for layer in sorted(keeps)
         }
@@ -117,6 +134,21 @@ class SparsePrefill:
                 config.source,
                 config.remedy,
             )
+
+    def _stand_ins_of(self, layers: Iterable[int]) -> dict[int, FusedStandIn]:
+        try:
+            found = read_stand_ins(self.config.stand_in, layers)
+            for layer in found.values():
+                if len(layer.down) != self._hidden_size:
+                    raise ValueError(f"it is of a model with {len(layer.down)} channels")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise STAND_IN.rejected(
+                self.config.stand_in, f"this worker cannot use it ({error})"
+            ) from None
+        return {
+            layer: stand_in.to(self._device, self._dtype).fused()
+            for layer, stand_in in found.items()
+        }
 
     def attend_by(self, asked: str) -> None:
         """Attend in another way from now on.

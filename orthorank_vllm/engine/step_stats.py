@@ -74,7 +74,7 @@ class StepCounter:
             return
         is_first = self._is_first_stage
         self.metrics.count_saved(
-            flops_saved(plan, self._shapes, outcome.keeps, self._last_layer),
+            flops_saved(plan, self._shapes, outcome.keeps, self._last_layer, outcome.stand_in_rank),
             outcome.sink_hits if is_first else 0,
             outcome.sink_misses if is_first else 0,
         )

@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank_vllm.calibrate.text import BUILT_IN, Text, built_in_text, read_text
-from orthorank_vllm.cli.args import add_rule_arguments, parse_count, rule_of
+from orthorank_vllm.cli.args import add_rule_arguments, add_stand_in_argument, parse_count, rule_of
 from orthorank_vllm.evaluate.methods import METHODS
 from orthorank_vllm.evaluate.runs import Layers
 from orthorank_vllm.files import check_writable
-from orthorank_vllm.options import DEFAULT_KEEP, KEEP, LAYERS, RATIO, LayerKeep, OptionError
+from orthorank_vllm.options import (
+    DEFAULT_KEEP,
+    KEEP,
+    LAYERS,
+    RATIO,
+    STAND_IN,
+    LayerKeep,
+    OptionError,
+)
 from orthorank_vllm.selection.method import Method
 
 if TYPE_CHECKING:
@@ -69,6 +77,7 @@ def _add_layer_arguments(group: Any) -> None:
         "--keep", help=f"As {KEEP.flag}: of every layer, or of the --layers that have none."
     )
     add_rule_arguments(group)
+    add_stand_in_argument(group)
     group.add_argument(
         "--calibration-data",
         metavar="FILE",
@@ -129,6 +138,7 @@ class EvaluateArgs:
     ratios: list[float]
     methods: list[str]
     rule: Method
+    stand_in: str
     layers: Layers | None
     keep: float | None
     prompt_lens: list[int]
@@ -156,6 +166,7 @@ class EvaluateArgs:
             ratios=[_parse_ratio(ratio) for ratio in arguments.ratios.split(",")],
             methods=[Method.name, *_parse_methods(arguments.against)],
             rule=rule_of(arguments),
+            stand_in=STAND_IN.parse(arguments.stand_in, "--stand-in"),
             layers=_parse_layers(arguments, keep),
             keep=keep,
             prompt_lens=_parse_prompt_lens(arguments.prompt_lens),

@@ -5,6 +5,7 @@ and at each ratio, as tables, JSON and a report.
 """
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from orthorank_vllm.evaluate.layers import (
     check_weights,
     layers_at,
     profile_to_test,
+    stand_ins_to_test,
 )
 from orthorank_vllm.evaluate.methods import Prune, method_named
 from orthorank_vllm.evaluate.report import render
@@ -30,6 +32,7 @@ from orthorank_vllm.evaluate.results import Results
 from orthorank_vllm.evaluate.runs import DENSE, Layers, Run, plan_runs, repeats_the_rule
 from orthorank_vllm.evaluate.tables import tables
 from orthorank_vllm.files import write_output
+from orthorank_vllm.options import AUTO, OFF
 from orthorank_vllm.profiles import Profile, model_identity
 from orthorank_vllm.selection.method import Method
 
@@ -46,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from orthorank_vllm.evaluate.perplexity import cut
     from orthorank_vllm.evaluate.served import measure_served, samples_of
+    from orthorank_vllm.model.stand_in import read_stand_ins
     from orthorank_vllm.offline import worker_calls
     from orthorank_vllm.offline.workers import loaded_workers, measuring_config, tokenizer_of
 
@@ -56,7 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
     model = model_identity(model_config.hf_text_config)
     profile = None
     if args.layers is None:
-        profile = profile_to_test(arguments.profile, model, args.rule, args.text)
+        profile = profile_to_test(
+            arguments.profile, model, args.rule, args.text, args.stand_in != OFF
+        )
+    stand_ins, share = stand_ins_to_test(args.stand_in, model, profile)
     chosen = _chosen(args, profile, int(model["num_hidden_layers"]))
     tokenizer = tokenizer_of(model_config)
     samples = samples_of(
@@ -67,6 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
         segments = cut(args.text, tokenizer.encode(args.text.content), args.length)
     name = Path(str(model_config.model)).name
     identity = _identity(args, model, model_config, len(segments))
+    if stand_ins is not None:
+        identity["stand_in"] = hashlib.sha256(stand_ins.read_bytes()).hexdigest()
     results = Results.load(args.folder / "results.json", name, identity)
     results.versions = {"orthorank-vllm": __version__}
     results.versions |= {package: version(package) for package in ("vllm", "torch")}
@@ -89,11 +98,15 @@ def run(arguments: argparse.Namespace) -> int:
             chosen,
             _of_pruning(args, chosen, results),
             int(model["num_hidden_layers"]),
+            share,
         )
         if not results.cosines:
             beginning = args.text.content[: HEAT_MAP_TOKENS * CHARACTERS_PER_TOKEN]
             head = tokenizer.encode(beginning)[:HEAT_MAP_TOKENS]
             results.cosines = workers.call(worker_calls.cosines_to_sink, head)
+        if stand_ins is not None:
+            layers = range(int(model["num_hidden_layers"]))
+            workers.call(worker_calls.use_stand_ins, read_stand_ins(stand_ins, layers))
         try:
             measure_served(workers, runs, samples, args.rule, results)
             _measure_texts(workers, runs, segments, args, results)
@@ -140,7 +153,10 @@ def _chosen(args: EvaluateArgs, profile: Profile | None, num_layers: int) -> dic
     """The layers by ratio: the profile's, or those given by hand; says what would repeat them."""
     if profile is not None:
         ratios = [ratio for ratio in args.ratios if ratio]
-        chosen = {ratio: layers_at(profile, ratio, args.keep, args.rule) for ratio in ratios}
+        chosen = {
+            ratio: layers_at(profile, ratio, args.keep, args.rule, args.stand_in == AUTO)
+            for ratio in ratios
+        }
     else:
         assert args.layers is not None
         check_layers(args.layers, num_layers)

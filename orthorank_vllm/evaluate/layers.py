@@ -2,13 +2,14 @@
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from orthorank_vllm.calibrate.text import Text
 from orthorank_vllm.compat import cache_root
 from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.evaluate.runs import Layers
-from orthorank_vllm.options import OptionError
+from orthorank_vllm.options import AUTO, OFF, OptionError
 from orthorank_vllm.profiles import (
     Profile,
     ProfileError,
@@ -16,6 +17,7 @@ from orthorank_vllm.profiles import (
     kept_profiles,
     read_profile,
     read_profile_of,
+    read_stand_in_facts,
     shipped_profile,
     shipped_profiles,
 )
@@ -23,18 +25,19 @@ from orthorank_vllm.selection.method import Method
 
 
 def profile_to_test(
-    path: str | None, model: Mapping[str, Any], rule: Method, text: Text
+    path: str | None, model: Mapping[str, Any], rule: Method, text: Text, has_stand_in: bool
 ) -> Profile:
     """The given profile, or else this machine's or the shipped one.
 
     Args:
         model: see `profiles.model_identity`.
+        has_stand_in: whether the layers of one that is not given are to be chosen with stand-ins.
         text: what it is to be tested on.
 
     Raises:
         OptionError: it cannot be used or was chosen on that text, or there is none.
     """
-    profile = _known(model, rule) if path is None else _given(path, model)
+    profile = _known(model, rule, has_stand_in) if path is None else _given(path, model)
     if profile is None:
         raise OptionError(
             "--profile: none is known for this model; run `orthorank calibrate` first, or give "
@@ -56,15 +59,42 @@ def _given(path: str, model: Mapping[str, Any]) -> Profile:
         raise OptionError(f"--profile {path}: {error}") from None
 
 
-def _known(model: Mapping[str, Any], rule: Method) -> Profile | None:
-    kept = kept_profiles(cache_root(), model["config_sha256"], rule.window, rule.tail)
+def _known(model: Mapping[str, Any], rule: Method, has_stand_in: bool) -> Profile | None:
+    numbers = rule.window, rule.tail, has_stand_in
+    kept = kept_profiles(cache_root(), model["config_sha256"], *numbers)
     if kept:
         try:
             return read_profile(kept[0])
         except ProfileError:
             # Of another version: no server takes it either.
             pass
-    return shipped_profile(model)
+    return shipped_profile(model, has_stand_in)
+
+
+def stand_ins_to_test(
+    given: str, model: Mapping[str, Any], profile: Profile | None
+) -> tuple[Path | None, float]:
+    """The file of what stands in for skipped updates, and its share of a layer's work.
+
+    Args:
+        given: as `--stand-in`.
+        profile: that brings its own.
+
+    Raises:
+        OptionError: it cannot be used.
+    """
+    try:
+        if given not in (AUTO, OFF):
+            facts = read_stand_in_facts(given)
+            if facts["model"] != model["config_sha256"]:
+                raise ProfileError("it was fitted on a model of another configuration")
+            return Path(given), float(facts["share"])
+        if given == OFF or profile is None:
+            return None, 0.0
+        profile.check_stand_in()
+        return profile.stand_in_path, profile.share
+    except ProfileError as error:
+        raise OptionError("--stand-in", given, str(error)) from None
 
 
 def check_weights(
@@ -85,21 +115,36 @@ def check_weights(
     if is_given or profile in shipped_profiles():
         print(f"note: {told}", file=sys.stderr)
         return
-    own = cached_path(cache_root(), model["config_sha256"], weights, rule.window, rule.tail)
+    numbers = rule.window, rule.tail, profile.stand_in is not None
+    own = cached_path(cache_root(), model["config_sha256"], weights, *numbers)
     give = f"give --profile {own}" if own.exists() else "run `orthorank calibrate` on these"
     raise OptionError(f"--profile: {told}, and a server would not take it; {give}")
 
 
-def layers_at(profile: Profile, ratio: float, keep: float | None, rule: Method) -> Layers:
+def layers_at(
+    profile: Profile,
+    ratio: float,
+    keep: float | None,
+    rule: Method,
+    wants_stand_in: bool = False,
+) -> Layers:
     """The layers that a server takes of a profile.
 
     Args:
         keep: of every layer, if given by hand.
+        wants_stand_in: whether it takes the profile's stand-ins, too.
 
     Raises:
         OptionError: the profile has too few.
     """
-    config = OrthoRankConfig(ratio, rule.window, rule.tail, profile.num_layers, keep=keep)
+    config = OrthoRankConfig(
+        ratio,
+        rule.window,
+        rule.tail,
+        profile.num_layers,
+        keep=keep,
+        wants_stand_in=wants_stand_in,
+    )
     chosen = config.with_profile(profile)
     if config.entries_needed(profile) is None:
         raise OptionError(

@@ -111,12 +111,14 @@ def plan_runs(
     chosen: Mapping[float, Layers],
     pruned: Mapping[float, Layers],
     num_layers: int,
+    stand_in_share: float = 0.0,
 ) -> list[Run]:
     """Every method at every ratio, but those that would only repeat the rule.
 
     Args:
         has_dense: whether to begin with the dense model.
         chosen: the layers of all methods but pruning, by the ratio asked for.
+        stand_in_share: see `Profile.share`.
         pruned: those of pruning, by the same ratios if it is among the methods.
     """
     runs = [Run(DENSE, 0, 0, ())] if has_dense else []
@@ -124,7 +126,8 @@ def plan_runs(
         for method in methods:
             own = pruned[ratio] if method == Prune.name else layers
             if not repeats_the_rule(method, own):
-                runs.append(Run(method, ratio, ratio_of(own, num_layers), own))
+                share = 0.0 if METHODS[method].skips_layers else stand_in_share
+                runs.append(Run(method, ratio, ratio_of(own, num_layers, share), own))
     return runs
 
 

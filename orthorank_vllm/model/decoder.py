@@ -14,6 +14,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from orthorank_vllm.attention.backend import AttentionPlan
 from orthorank_vllm.model.ops import add_and_norm, mlp, norm_heads, rotate
 from orthorank_vllm.model.qkv import SplitWeight, project
+from orthorank_vllm.model.stand_in import FusedStandIn
 from orthorank_vllm.options import OptionError
 
 # Of the residual stream that enters a layer, and of it normalised, [tokens, hidden] each, to the
@@ -83,6 +84,7 @@ class DecoderLayer:
         update: torch.Tensor | None,
         pick: Pick | None = None,
         split: SplitWeight | None = None,
+        stand_in: FusedStandIn | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute K and V of every row, and everything else for the rows that `pick` names.
 
@@ -96,6 +98,7 @@ class DecoderLayer:
                 layer; vLLM's layers hand it on in two summands. Both are used up.
             pick: None: all rows.
             split: the QKV weight cut in two, where some rows are picked and that can be done.
+            stand_in: what the rows that are not picked get in place of an update.
 
         Returns:
             residual, update: the same after the layer; update is None where rows were picked.
@@ -108,13 +111,15 @@ class DecoderLayer:
             entering = residual
         else:
             key = self._placed(positions, self._normed(self.key_norm, key), None)[0]
+            entering = residual.index_select(0, rows)
+            query = query_of(rows)
+            if stand_in is not None:
+                stand_in.add_to(residual, normed)
             if not len(rows):
                 attention.write(self.attn.attn, key, value)
                 return residual, None
             positions = positions.index_select(0, rows)
-            query = self._normed(self.query_norm, query_of(rows))
-            query = self._placed(positions, query, None)[0]
-            entering = residual.index_select(0, rows)
+            query = self._placed(positions, self._normed(self.query_norm, query), None)[0]
         attended = attention.run(self.attn.attn, query, key, value, rows, positions)
         output, _ = self.attn.o_proj(attended)
         normed, updated = add_and_norm(self.post_norm, entering, self._scaled(output))

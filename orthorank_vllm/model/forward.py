@@ -18,6 +18,7 @@ from orthorank_vllm.attention.one_key import OneKeyAttention
 from orthorank_vllm.model.decoder import Decoder, Pick
 from orthorank_vllm.model.qkv import SplitWeight
 from orthorank_vllm.model.sinks import SinkTable
+from orthorank_vllm.model.stand_in import FusedStandIn
 from orthorank_vllm.model.tensor_parallel import of_first_rank
 from orthorank_vllm.selection.plan import Ints, Plan
 from orthorank_vllm.selection.topk import SegmentedTopK, to_device
@@ -48,11 +49,13 @@ class SelectiveLayer:
         keep: fraction of the tokens that it updates; 0 has nothing to score.
         sink_row: its index in the sink table; None at keep 0.
         split: its QKV weight cut in two, where that can be done.
+        stand_in: what its skipped rows get in place of an update.
     """
 
     keep: float
     sink_row: int | None
     split: SplitWeight | None = None
+    stand_in: FusedStandIn | None = None
 
 
 @dataclass
@@ -128,12 +131,14 @@ class Outcome:
         skipped: token updates that each of them skipped.
         sink_hits, sink_misses: requests whose position 0 this forward lacks, by whether the
             table had its state or it was recomputed.
+        stand_in_rank: of all stand-ins that were added, together.
     """
 
     keeps: Mapping[int, float]
     skipped: Mapping[int, int]
     sink_hits: int
     sink_misses: int
+    stand_in_rank: int = 0
 
 
 def sparse_forward(
@@ -158,20 +163,26 @@ def sparse_forward(
         count.
     """
     step = _start_step(decoder, selective, sinks, attention, plan, positions.device)
+    stand_in_rank = 0
     for index, layer in decoder.layers.items():
         kept = selective.get(index)
         split = None if kept is None else kept.split
+        stand_in = None if kept is None else kept.stand_in
         # Unread rows nobody will miss; their K and V are written.
         only = step.sampled_rows if index == decoder.last_layer else None
         if only is not None:
+            stand_in = None
             attend = attention.plan(plan.batch, plan.sampled_per_request)
         else:
             attend = step.dense_attention if kept is None else step.attention[kept.keep]
+        if stand_in is not None:
+            stand_in_rank += stand_in.rank
         pick = step.pick(kept, sinks, only)
-        residual, update = layer.forward(attend, positions, residual, update, pick, split)
+        residual, update = layer.forward(attend, positions, residual, update, pick, split, stand_in)
     keeps = {index: kept.keep for index, kept in selective.items()}
     skipped = {index: plan.num_tokens - plan.num_selected(keep) for index, keep in keeps.items()}
-    return residual, update, Outcome(keeps, skipped, step.sink_hits, step.sink_misses)
+    outcome = Outcome(keeps, skipped, step.sink_hits, step.sink_misses, stand_in_rank)
+    return residual, update, outcome
 
 
 def sink_states(decoder: Decoder, scored: Collection[int], tokens: torch.Tensor) -> torch.Tensor:

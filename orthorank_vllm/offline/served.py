@@ -6,11 +6,14 @@ decoding, over the K and V that the prompt's rows left (DESIGN: README.md, "What
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 
 from orthorank_vllm.model.ops import add_and_norm
+from orthorank_vllm.model.stand_in import FusedStandIn
 from orthorank_vllm.offline.texts import LOGIT_ROWS, Forward, packed
 from orthorank_vllm.selection.method import Method
 
@@ -194,11 +197,16 @@ class ServedStep:
     """
 
     def __init__(
-        self, groups: Sequence[DenseAnswers], chosen: Mapping[int, float], num_layers: int
+        self,
+        groups: Sequence[DenseAnswers],
+        chosen: Mapping[int, float],
+        num_layers: int,
+        stand_ins: Mapping[int, FusedStandIn] = MappingProxyType({}),
     ) -> None:
         self._groups = groups
         self._chosen = chosen
         self._num_layers = num_layers
+        self._stand_ins = stand_ins
         self._below: list[torch.Tensor] = []
         self._next_layer = 0
 
@@ -217,8 +225,9 @@ class ServedStep:
         losses: list[AnswerLoss] = []
         is_told = True
         for index, group in enumerate(self._groups):
-            self._below[index] = group.forward.through(self._below[index], passed, self._chosen)
-            residual = group.forward.through(self._below[index].clone(), above, chosen)
+            through = partial(group.forward.through, stand_ins=self._stand_ins)
+            self._below[index] = through(self._below[index], passed, self._chosen)
+            residual = through(self._below[index].clone(), above, chosen)
             found = group.losses(residual)
             is_told &= found is not None
             losses.extend(found or ())

@@ -8,6 +8,7 @@ are what the rule is compared against.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from orthorank_vllm.attention.varlen import PackedTexts, VarlenAttention
 from orthorank_vllm.model.decoder import Decoder, Pick
 from orthorank_vllm.model.ops import add_and_norm
+from orthorank_vllm.model.stand_in import FusedStandIn
 from orthorank_vllm.model.tensor_parallel import of_first_rank
 from orthorank_vllm.selection.method import LayerInput, Method
 from orthorank_vllm.selection.plan import make_plan
@@ -77,12 +79,17 @@ class Forward:
         return self._decoder.embed(self.texts.tokens)
 
     def through(
-        self, residual: torch.Tensor, layers: Iterable[int], chosen: Mapping[int, float]
+        self,
+        residual: torch.Tensor,
+        layers: Iterable[int],
+        chosen: Mapping[int, float],
+        stand_ins: Mapping[int, FusedStandIn] = MappingProxyType({}),
     ) -> torch.Tensor:
         """The residual stream after `layers`; the one given is used up.
 
         Args:
             chosen: the keep of each chosen layer.
+            stand_ins: of those that have one.
         """
         update: torch.Tensor | None = None
         for index in layers:
@@ -94,7 +101,12 @@ class Forward:
                 continue
             keep = chosen[index]
             residual, update = layer.forward(
-                self._of_selected[keep], positions, residual, update, self._pick(keep)
+                self._of_selected[keep],
+                positions,
+                residual,
+                update,
+                self._pick(keep),
+                stand_in=stand_ins.get(index),
             )
         return residual if update is None else residual.add_(update)
 

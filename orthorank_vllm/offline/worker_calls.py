@@ -14,6 +14,7 @@ import torch
 from vllm.forward_context import set_forward_context
 
 from orthorank_vllm.config import OrthoRankConfig
+from orthorank_vllm.model.stand_in import FusedStandIn, StandIn
 from orthorank_vllm.offline.served import (
     Answered,
     AnswerLoss,
@@ -21,6 +22,7 @@ from orthorank_vllm.offline.served import (
     ServedStep,
     groups_of,
 )
+from orthorank_vllm.offline.stand_in_fit import fit_all
 from orthorank_vllm.offline.texts import Forward, TextScore
 from orthorank_vllm.selection.method import Method
 
@@ -63,7 +65,8 @@ def use_texts(
 def start_step(worker: Any, name: str, chosen: Mapping[int, float]) -> None:
     """Start over, with some layers chosen already, each with its keep."""
     num_layers = len(worker.get_model().model.layers)
-    worker.orthorank_step = ServedStep(_kept(worker)[name], chosen, num_layers)
+    stand_ins = _stand_ins(worker)
+    worker.orthorank_step = ServedStep(_kept(worker)[name], chosen, num_layers, stand_ins)
 
 
 @_in_forward_context
@@ -97,7 +100,8 @@ def score_texts(
     model = worker.get_model()
     prompt_lens = first_scored if is_served else None
     forward = Forward(model, texts, method, prompt_lens, chosen.values())
-    residual = forward.through(forward.embed(), range(len(model.model.layers)), chosen)
+    layers = range(len(model.model.layers))
+    residual = forward.through(forward.embed(), layers, chosen, _stand_ins(worker))
     return forward.log_probs(residual, first_scored)
 
 
@@ -115,6 +119,28 @@ def cosines_to_sink(worker: Any, text: Sequence[int]) -> list[list[float]]:
     return rows
 
 
+@_in_forward_context
+def fit_stand_ins(
+    worker: Any, texts: Sequence[Sequence[int]], held_back: Sequence[Sequence[int]]
+) -> dict[int, StandIn]:
+    """The stand-in of every layer; see `stand_in_fit.fit_all`."""
+    return fit_all(worker.get_model(), texts, held_back)
+
+
+def use_stand_ins(worker: Any, stand_ins: Mapping[int, StandIn]) -> None:
+    """Put these in place of what chosen layers leave out, from now on."""
+    weight = worker.get_model().model.norm.weight
+    worker.orthorank_stand_ins = {
+        layer: stand_in.to(weight.device, weight.dtype).fused()
+        for layer, stand_in in stand_ins.items()
+    }
+
+
+def _stand_ins(worker: Any) -> dict[int, FusedStandIn]:
+    stand_ins: dict[int, FusedStandIn] = vars(worker).get("orthorank_stand_ins", {})
+    return stand_ins
+
+
 def fingerprint(worker: Any) -> str | None:
     """The fingerprint of a worker's weights, None where it has none."""
     value: str | None = worker.get_model().fingerprint.value
@@ -129,5 +155,9 @@ def forget_texts(worker: Any) -> None:
 
 
 def use_layers(worker: Any, settings: dict[str, Any]) -> None:
-    """Hand the final configuration to the OrthoRank model of this worker."""
-    worker.get_model().orthorank.use_layers(OrthoRankConfig.from_dict(settings))
+    """Hand the final configuration to the OrthoRank model of this worker.
+
+    With the stand-ins that were fitted here, if any were: no other worker's file is needed then.
+    """
+    fitted = vars(worker).pop("orthorank_stand_ins", None)
+    worker.get_model().orthorank.use_layers(OrthoRankConfig.from_dict(settings), fitted)

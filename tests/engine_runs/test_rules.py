@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 from vllm.forward_context import set_forward_context
 
-from tests.support.models import write_random
-from tests.support.reference import Reference, Rule
+from tests.support.models import SIZES, write_random
+from tests.support.reference import Reference, Rule, with_stand_ins
 from tests.support.replay import (
     SAFE_MARGIN,
     TOLERANCE,
@@ -28,6 +28,7 @@ from tests.support.replay import (
 pytestmark = pytest.mark.model
 
 THIRD = 1 / 3
+HIDDEN = SIZES["hidden_size"]
 # Of six layers.
 MIXED = Rule({5: 0.0, 2: 0.0, 1: THIRD, 3: 0.25}, window=32, tail=16)
 RULES = {
@@ -38,6 +39,9 @@ RULES = {
     "the last layer scores": Rule({5: 0.25, 4: 0.5, 0: THIRD}, window=32, tail=1),
     "nearly all kept": Rule({1: 0.9, 3: 0.9, 4: 0.0}, window=16, tail=3),
 }
+RULES["mixed, stand-ins"] = with_stand_ins(MIXED, HIDDEN)
+RULES["nothing kept, stand-ins"] = with_stand_ins(RULES["nothing kept"], HIDDEN)
+RULES["nearly all kept, stand-ins"] = with_stand_ins(RULES["nearly all kept"], HIDDEN)
 # 1,024 tokens of KV cache: enough for every test, few enough to force preemption.
 BLOCK_SIZE, NUM_BLOCKS = 32, 32
 
@@ -160,7 +164,7 @@ def test_chunks_of_several_requests_share_forwards_and_equal_the_reference(
     check(engine.run(jobs, budget=lambda step: 97), reference)
 
 
-@with_rules("mixed", "the paper's", "nothing kept", "the last layer scores")
+@with_rules("mixed", "the paper's", "nothing kept", "the last layer scores", "mixed, stand-ins")
 @pytest.mark.parametrize("sinks_forgotten", [False, True])
 @pytest.mark.parametrize("first_still_runs", [False, True])
 def test_a_prefix_cache_hit_equals_the_reference(

@@ -12,8 +12,8 @@ from orthorank_vllm.offline.texts import Forward
 from orthorank_vllm.selection.method import Method
 from tests.conftest import Prompts
 from tests.support.forced_answers import ForcedAnswers, forced, log_probs_in
-from tests.support.reference import Rule
-from tests.support.replay import TOLERANCE, Engine
+from tests.support.reference import Rule, with_stand_ins
+from tests.support.replay import TOLERANCE, Engine, fused
 
 pytestmark = pytest.mark.model
 
@@ -23,6 +23,7 @@ RULES = {
     "nothing kept": Rule({4: 0.0, 2: 0.0, 5: 0.0}, window=128, tail=64),
     "the paper's": Rule(dict.fromkeys((1, 3, 4), 1 / 3), window=0, tail=1),
 }
+RULES["mixed, stand-ins"] = with_stand_ins(RULES["mixed"], hidden_size=576)
 # Of a prompt and its answer; the last prompt is not longer than the longest tail.
 LENGTHS = ((230, 20), (150, 12), (97, 9), (40, 6))
 
@@ -94,11 +95,12 @@ def offline_losses(engine: Engine, rule: Rule, texts: Sequence[Text]) -> list[An
     method = Method(window=rule.window, tail=rule.tail)
     context = set_forward_context(None, engine.llm.llm_engine.vllm_config)
     with torch.inference_mode(), context:
+        stand_ins = fused(rule)
         groups = [
             DenseAnswers(engine.model, group, method, rule.layers.values())
             for group in groups_of(texts)
         ]
-        losses = ServedStep(groups, rule.layers, num_layers=6).losses_with({})
+        losses = ServedStep(groups, rule.layers, 6, stand_ins).losses_with({})
     assert losses is not None
     return losses
 
@@ -143,7 +145,7 @@ def test_scores_of_answers_are_those_of_decoding_too(
         forward = Forward(
             served.model, [text.tokens for text in whole], method, starts, rule.layers.values()
         )
-        residual = forward.through(forward.embed(), range(6), rule.layers)
+        residual = forward.through(forward.embed(), range(6), rule.layers, fused(rule))
         scores = forward.log_probs(residual, starts)
     assert scores is not None
     assert_near([-score.log_prob for score in scores], served_losses(served, whole), whole)

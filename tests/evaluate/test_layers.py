@@ -49,14 +49,14 @@ def test_a_profile_is_not_tested_on_either_of_its_texts(tmp_path: Path, use: str
     path = tmp_path / "profile.json"
     profile(data=data).write(path)
     with pytest.raises(OptionError, match=r"--data test\.txt: the profile mine was chosen on it"):
-        profile_to_test(str(path), MODEL, RULE, TEXT)
+        profile_to_test(str(path), MODEL, RULE, TEXT, False)
     other = Text("other.txt", "", "e" * 64)
-    assert profile_to_test(str(path), MODEL, RULE, other).entries == ENTRIES
+    assert profile_to_test(str(path), MODEL, RULE, other, False).entries == ENTRIES
 
 
 def test_without_a_profile_calibration_is_advised() -> None:
     with pytest.raises(OptionError, match="run `orthorank calibrate` first"):
-        profile_to_test(None, MODEL, RULE, TEXT)
+        profile_to_test(None, MODEL, RULE, TEXT, False)
 
 
 def test_a_kept_profile_of_other_weights_is_refused_and_a_given_one_noted(
@@ -66,7 +66,7 @@ def test_a_kept_profile_of_other_weights_is_refused_and_a_given_one_noted(
     numbers = RULE.window, RULE.tail
     path = cached_path(tmp_path / "cache", str(MODEL["config_sha256"]), "a" * 64, *numbers)
     profile(weights="a" * 64).write(path)
-    kept = profile_to_test(None, MODEL, RULE, TEXT)
+    kept = profile_to_test(None, MODEL, RULE, TEXT, False)
     with pytest.raises(OptionError, match="run `orthorank calibrate` on these"):
         check_weights(kept, MODEL, "b" * 64, RULE, is_given=False)
     check_weights(kept, MODEL, "b" * 64, RULE, is_given=True)

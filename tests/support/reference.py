@@ -3,6 +3,7 @@
 In a selective layer only some of the prompt's tokens are updated: the first, the last few, and of
 what is between, per window of positions, those whose residual stream is the most orthogonal to that
 of the request's first token, the attention sink. All tokens, updated or not, leave K and V behind.
+A token that is not updated may get what a linear map makes of its normalised state instead.
 (OrthoRank: Shin, Oh, Oh, ICML 2025, arXiv 2507.03865.)
 
 A float32 implementation on the modules of transformers' Llama and the families like it; it shares
@@ -15,7 +16,7 @@ key-value heads, D = head size.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ class Rule:
     layers: Mapping[int, float]  # the selective ones, and the keep of each; 0: nothing competes
     window: int = 128  # 0: the whole prompt is one window
     tail: int = 64  # last tokens of the prompt that are always updated
+    # By layer: for tokens that are not updated x, normalised, gives x @ first @ second + third.
+    stand_ins: Mapping[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict
+    )
     cache_dtype: torch.dtype | None = None  # of K and V, 8 bits; None: as computed
 
     @classmethod
@@ -43,6 +48,24 @@ class Rule:
         """The same for a user to give."""
         pairs = [list(pair) for pair in self.layers.items()]
         return {"layers": pairs, "window": self.window, "tail": self.tail}
+
+
+def with_stand_ins(rule: Rule, hidden_size: int, rank: int = 8) -> Rule:
+    """The rule with maps of random numbers, which change every state by about a third."""
+    numbers = torch.Generator().manual_seed(3)
+
+    def drawn(*shape: int, scale: float) -> torch.Tensor:
+        return torch.randn(shape, generator=numbers) * scale
+
+    maps = {
+        layer: (
+            drawn(hidden_size, rank, scale=hidden_size**-0.5),
+            drawn(rank, hidden_size, scale=0.3 * rank**-0.5),
+            drawn(hidden_size, scale=0.1),
+        )
+        for layer in rule.layers
+    }
+    return replace(rule, stand_ins=maps)
 
 
 class Reference:
@@ -221,10 +244,14 @@ class Request:
             of_prompt = sum(position < self.prompt_len for position in updated)
             self.updates += of_prompt
             self.skipped += len(range(start, min(end, self.prompt_len))) - of_prompt
-            if updated:  # the others pass through unchanged
+            before = hidden.clone()
+            if index in self.reference.rule.stand_ins and index in self.reference.rule.layers:
+                first, second, offset = self.reference.rule.stand_ins[index]
+                hidden = hidden + normed @ first @ second + offset
+            if updated:
                 rows = torch.tensor(updated, device=hidden.device) - start
                 hidden[rows] = self.reference.update(
-                    layer, hidden[rows], normed[rows], positions[rows], keys, values
+                    layer, before[rows], normed[rows], positions[rows], keys, values
                 )
         self.computed = end
         return self.reference.logits(hidden).log_softmax(dim=-1)

@@ -14,6 +14,7 @@ import torch
 from prometheus_client import REGISTRY
 from vllm import LLM, SamplingParams
 
+from orthorank_vllm.model.stand_in import FusedStandIn, StandIn
 from orthorank_vllm.options import LayerKeep
 from tests.support.reference import Reference, Request, Rule
 
@@ -60,6 +61,11 @@ class Run:
         return [part for forward in self.forwards for part in forward if part.request_id == wanted]
 
 
+def fused(rule: Rule) -> dict[int, FusedStandIn]:
+    """A rule's stand-ins as the package takes them."""
+    return {layer: StandIn(*parts).fused() for layer, parts in rule.stand_ins.items()}
+
+
 class Engine:
     """vLLM's engine in this process."""
 
@@ -96,7 +102,9 @@ class Engine:
         orthorank = self.model.orthorank
         config = replace(orthorank.config, window=rule.window, tail=rule.tail)
         layers = [LayerKeep(*pair) for pair in rule.layers.items()]
-        orthorank.use_layers(config.with_layers(layers, "a test"))
+        stand_ins = fused(rule)
+        config = replace(config, stand_in="a test's" if stand_ins else "")
+        orthorank.use_layers(config.with_layers(layers, "a test"), stand_ins)
         self.llm.reset_prefix_cache()
 
     def forget_sinks(self) -> None:

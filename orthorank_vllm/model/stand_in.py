@@ -1,0 +1,132 @@
+"""The stand-in: a linear map of low rank, in place of the update that a layer spares its tokens.
+
+From a token's normalised state to what the layer would have added to its residual stream
+(DESIGN: README.md, "The stand-in"). Maps are kept in a safetensors file beside their profile.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from orthorank_vllm.files import write_whole
+
+# In a file, whatever the model's: half of float32's size, and finer than bfloat16.
+STORED_DTYPE = torch.float16
+PARTS = ("down", "up", "offset")
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """One layer's map, `normed @ down @ up + offset`.
+
+    Attributes:
+        down: [hidden, rank].
+        up: [rank, hidden].
+        offset: [hidden].
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    offset: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        """Columns of the narrow side."""
+        return self.down.shape[1]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "StandIn":
+        """The same map elsewhere, or of another dtype."""
+        return StandIn(*(getattr(self, part).to(device, dtype) for part in PARTS))
+
+    def fused(self) -> "FusedStandIn":
+        """The map as it is added."""
+        one = torch.zeros(self.rank + 1, dtype=self.down.dtype, device=self.down.device)
+        one[-1] = 1
+        return FusedStandIn(
+            down=torch.cat([self.down, torch.zeros_like(self.down[:, :1])], dim=1),
+            one=one,
+            up=torch.cat([self.up, self.offset[None]]),
+        )
+
+
+@dataclass(frozen=True)
+class FusedStandIn:
+    """One layer's map in two products, its offset one more row of the second.
+
+    Attributes:
+        down: [hidden, rank + 1], its last column 0.
+        one: [rank + 1], 0 but for the last.
+        up: [rank + 1, hidden].
+    """
+
+    down: torch.Tensor
+    one: torch.Tensor
+    up: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        """Columns of the narrow side, the offset's among them."""
+        return self.down.shape[1]
+
+    def add_to(self, residual: torch.Tensor, normed: torch.Tensor) -> None:
+        """Add the map to every row of the residual stream, in place.
+
+        Args:
+            residual: [tokens, hidden].
+            normed: [tokens, hidden], the layer's norm of it.
+        """
+        residual.addmm_(torch.addmm(self.one, normed, self.down), self.up)
+
+
+def write_stand_ins(
+    path: Path, stand_ins: Mapping[int, StandIn], metadata: Mapping[str, str]
+) -> None:
+    """Write maps, whole or not at all.
+
+    Args:
+        stand_ins: by layer; kept as `STORED_DTYPE`.
+        metadata: what they were fitted on.
+
+    Raises:
+        OSError: nothing was changed.
+    """
+    from safetensors.torch import save
+
+    tensors = {
+        f"{layer}.{part}": getattr(stand_in, part).to("cpu", STORED_DTYPE).contiguous()
+        for layer, stand_in in stand_ins.items()
+        for part in PARTS
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, save(tensors, dict(metadata)))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What `write_stand_ins` was told.
+
+    Raises:
+        OSError, safetensors.SafetensorError: missing, or no such file.
+    """
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def read_stand_ins(path: str | Path, layers: Iterable[int]) -> dict[int, StandIn]:
+    """The maps of those of the layers that have one, on the host.
+
+    Raises:
+        OSError, safetensors.SafetensorError: missing, or no such file.
+    """
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        names = set(file.keys())
+        return {
+            layer: StandIn(*(file.get_tensor(f"{layer}.{part}") for part in PARTS))
+            for layer in layers
+            if f"{layer}.down" in names
+        }
