@@ -180,13 +180,12 @@ class OrthoRankConfig:
             asked = f" (auto: at most {self.max_loss:.3g} nats lost)"
         elif self.ratio_asked is not None:
             asked = f" (asked for {self.ratio_asked:.3g})"
-        stand_in = f"stand-ins of {Path(self.stand_in).name}" if self.stand_in else "no stand-ins"
+        stand_in = f", stand-ins of {Path(self.stand_in).name}" if self.stand_in else ""
         window = f"window {self.window}" if self.window else "window: whole prompt"
         expected = "" if self.expected is None else f", expected loss {describe(self.expected)}"
         return (
-            f"OrthoRank is active: ratio {self.ratio:.3f}{asked}, {window}, tail {self.tail}, "
-            f"{stand_in}, "
-            f"{len(self.layers)} of {self.num_layers} layers selective "
+            f"OrthoRank is active: ratio {self.ratio:.3f}{asked}, {window}, "
+            f"tail {self.tail}{stand_in}, {len(self.layers)} of {self.num_layers} layers selective "
             f"[{','.join(map(str, self.layers))}], chosen by {self.source}{expected}"
         )
 

@@ -62,13 +62,12 @@ def resolve(
         keep=options.keep,
         window=options.window,
         tail=options.tail,
-        wants_stand_in=options.stand_in == AUTO,
+        wants_stand_in=options.stand_in != OFF,
         num_layers=num_layers,
         attention=options.attention,
     )
     if options.stand_in not in (AUTO, OFF):
         config = _with_given_stand_in(config, options.stand_in, model)
-    has_stand_in = options.stand_in != OFF
     if options.layers is not None:
         _check_layers(options, num_layers)
         return config.with_layers(options.layer_keeps, LAYERS.flag)
@@ -77,10 +76,10 @@ def resolve(
     to_choose = replace(config, to_choose=True)
     if has_weights:
         to_choose = replace(to_choose, calibrate_seconds=options.calibrate_seconds)
-        rule = options.window, options.tail, has_stand_in
+        rule = options.window, options.tail, config.wants_stand_in
         if kept_profiles(cache_root, model["config_sha256"], *rule):
             return to_choose
-    shipped = shipped_profile(model, has_stand_in)
+    shipped = shipped_profile(model, config.wants_stand_in)
     if shipped is not None and config.entries_needed(shipped) is not None:
         return config.with_profile(shipped)
     if not has_weights:

@@ -68,7 +68,9 @@ def test_the_shipped_profiles_are_found_by_their_models_and_by_whose_weights_the
     assert profiles
     for profile in profiles:
         rule = profile.window, profile.tail
-        assert find_profile(profile.model, None, *rule, "/nowhere") == profile
+        has_stand_in = profile.stand_in is not None
+        assert find_profile(profile.model, None, *rule, "/nowhere", has_stand_in) == profile
+        profile.check_stand_in()
         assert profile.weights is not None
         assert profile.entries
 
@@ -196,12 +198,12 @@ def test_a_write_that_fails_leaves_the_old_profile_and_no_rest(
     profile_of(smollm2()).write(path)
     before = path.read_text()
 
-    def full(self: Path, text: str) -> int:
-        with self.open("w") as file:
-            file.write(text[:20])
+    def full(self: Path, content: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(content[:20])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         profile_of(smollm2(), tail=1).write(path)
     assert path.read_text() == before

@@ -32,7 +32,7 @@ def resolved(model: dict[str, Any] = SMOLLM2, **given: Any) -> OrthoRankConfig:
 
 
 def shipped() -> Profile:
-    profile = shipped_profile(SMOLLM2)
+    profile = shipped_profile(SMOLLM2, has_stand_in=True)
     assert profile is not None
     return profile
 
@@ -198,7 +198,7 @@ def test_without_a_profile_and_a_calibration_the_last_layers_are_taken() -> None
 
 def test_where_a_profile_was_measured_here_the_choice_waits_for_the_weights(tmp_path: Path) -> None:
     """Whose it is, the weights tell; before them goes neither it nor the shipped one."""
-    MINE.write(cached_path(tmp_path, "5" * 64, "a" * 64, 128, 64))
+    MINE.write(cached_path(tmp_path, "5" * 64, "a" * 64, 128, 64, True))
     options = Options.from_mapping({"ratio": 0.1, "calibrate_seconds": 0})
     waiting = resolve(options, SMOLLM2, str(tmp_path))
     assert (waiting.to_choose, waiting.layers, waiting.calibrate_seconds) == (True, (), 0)
@@ -210,7 +210,7 @@ def test_where_a_profile_was_measured_here_the_choice_waits_for_the_weights(tmp_
 def test_a_start_without_weights_measures_nothing_and_takes_nothing_kept(tmp_path: Path) -> None:
     """Break seen: a server of random weights that calibrated on them."""
     for model in (SMOLLM2, UNKNOWN):
-        MINE.write(cached_path(tmp_path, "5" * 64, "a" * 64, 128, 64))
+        MINE.write(cached_path(tmp_path, "5" * 64, "a" * 64, 128, 64, True))
         options = Options.from_mapping({"ratio": 0.1})
         config = resolve(options, model, str(tmp_path), has_weights=False)
         assert not config.to_choose

@@ -119,8 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
         profile = measure(workers, calibration, max_ratio, output)
     if given is not None:
         # In the cache a later start may go on from it, to a higher ratio.
-        for kept in (measurements_of(output), fitted_of(output)):
-            kept.unlink(missing_ok=True)
+        _forget(output)
     print(table(profile))
     print(f"wrote {output}")
     return 0
@@ -146,7 +145,7 @@ def measure(workers: Workers, calibration: Calibration, max_ratio: float, output
             course.end_trial()
         except NothingToTell as error:
             bar.close()
-            path.unlink(missing_ok=True)
+            _forget(output)
             raise OptionError(
                 f"MODEL {calibration.name}: its layers cannot be chosen on "
                 f"{calibration.data['calibration']['name']}, {error}; look at its weights and "
@@ -167,6 +166,11 @@ def measure(workers: Workers, calibration: Calibration, max_ratio: float, output
         return course.write(profile, output)
     except OSError as error:
         raise _unwritable(output, error) from None
+
+
+def _forget(output: Path) -> None:
+    for kept in (measurements_of(output), fitted_of(output)):
+        kept.unlink(missing_ok=True)
 
 
 def known_profile(calibration: Calibration, output: Path) -> Profile | None:

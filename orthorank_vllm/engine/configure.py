@@ -44,9 +44,8 @@ def configure(
     check_backend(options.attention, vllm_config.device_config.device_type)
     has_weights = loads_weights(vllm_config.load_config)
     config = resolve(options, model, envs.VLLM_CACHE_ROOT, has_weights)
-    if config.to_choose and not kept_profiles(
-        envs.VLLM_CACHE_ROOT, model["config_sha256"], config.window, config.tail
-    ):
+    rule = config.window, config.tail, config.wants_stand_in
+    if config.to_choose and not kept_profiles(envs.VLLM_CACHE_ROOT, model["config_sha256"], *rule):
         _check_can_calibrate(vllm_config.model_config, options)
     vllm_config.additional_config = {
         **vllm_config.additional_config,

@@ -97,7 +97,11 @@ class Results:
             "identity": self.identity,
             "versions": self.versions,
             "runs": [asdict(run) for run in self.runs],
-            "profiles": {method: asdict(profile) for method, profile in self.profiles.items()},
+            "profiles": {
+                # Where it was read is this machine's business.
+                method: asdict(replace(profile, path=None))
+                for method, profile in self.profiles.items()
+            },
             "cosines": self.cosines,
         }
         write_output(self.path, json.dumps(content) + "\n")

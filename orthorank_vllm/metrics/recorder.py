@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from orthorank_vllm import __version__
@@ -10,6 +11,7 @@ from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.metrics import definitions
 from orthorank_vllm.metrics.collector import FOLDER_VARIABLE, metrics_folder
 from orthorank_vllm.metrics.counts import Counter, Counts, Histogram, write_gauge
+from orthorank_vllm.options import OFF
 
 # vLLM shows the log lines of its own namespace only.
 logger = logging.getLogger("vllm.orthorank")
@@ -88,6 +90,7 @@ class WorkerMetrics:
             1,
             window=str(config.window),
             tail=str(config.tail),
+            stand_in=Path(config.stand_in).name or OFF,
             layers=",".join(map(str, config.layers)),
             chosen_by=config.source,
             measured=str(config.measured).lower(),

@@ -37,7 +37,7 @@ class StandIn:
         return self.down.shape[1]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "StandIn":
-        """The same map elsewhere, or of another dtype."""
+        """A copy on a device, of a dtype."""
         return StandIn(*(getattr(self, part).to(device, dtype) for part in PARTS))
 
     def fused(self) -> "FusedStandIn":

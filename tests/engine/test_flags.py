@@ -57,6 +57,7 @@ def test_the_flags_stand_in_a_group_of_their_own() -> None:
         "--orthorank-keep",
         "--orthorank-window",
         "--orthorank-tail",
+        "--orthorank-stand-in",
         "--orthorank-layers",
         "--orthorank-profile",
         "--orthorank-calibrate-seconds",

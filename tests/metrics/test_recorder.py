@@ -58,6 +58,7 @@ def test_what_is_run_stands_in_labels(registry: CollectorRegistry) -> None:
     told = {
         "window": "128",
         "tail": "64",
+        "stand_in": "off",
         "layers": "3:0,1:0.3333",
         "chosen_by": "profile p",
         "measured": "true",

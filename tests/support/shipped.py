@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from orthorank_vllm.profiles import Cost, shipped_profiles
 
-[PROFILE] = shipped_profiles()
+# The one that is served by default.
+[PROFILE] = [profile for profile in shipped_profiles() if profile.stand_in is not None]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Shipped:
         keeps: dict[int, float] = {}
         for entry in PROFILE.entries:
             keeps[entry.layer] = entry.keep
-            reached = sum(1 - keep for keep in keeps.values()) / PROFILE.num_layers
+            skipped = sum(1 - keep for keep in keeps.values()) * (1 - PROFILE.share)
+            reached = skipped / PROFILE.num_layers
             if reached > ratio - 1e-9:
                 assert entry.held_back is not None
                 return cls(keeps, reached, entry.held_back)

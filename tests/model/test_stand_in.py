@@ -1,0 +1,53 @@
+"""The map itself, and the file that it is kept in."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from orthorank_vllm.model.stand_in import (
+    StandIn,
+    read_metadata,
+    read_stand_ins,
+    write_stand_ins,
+)
+
+HIDDEN, RANK = 12, 3
+
+
+@pytest.fixture
+def stand_in() -> StandIn:
+    numbers = torch.Generator().manual_seed(0)
+    down, up = (torch.randn(shape, generator=numbers) for shape in ((HIDDEN, RANK), (RANK, HIDDEN)))
+    return StandIn(down, up, torch.randn(HIDDEN, generator=numbers))
+
+
+def test_two_products_add_the_map_and_its_offset_in_place(stand_in: StandIn) -> None:
+    residual, normed = torch.randn(5, HIDDEN), torch.randn(5, HIDDEN)
+    expected = residual + normed @ stand_in.down @ stand_in.up + stand_in.offset
+    place = residual.data_ptr()
+    stand_in.fused().add_to(residual, normed)
+    torch.testing.assert_close(residual, expected)
+    assert residual.data_ptr() == place
+    assert stand_in.fused().rank == RANK + 1
+
+
+def test_what_is_written_is_read_for_the_layers_that_have_it(
+    tmp_path: Path, stand_in: StandIn
+) -> None:
+    path = tmp_path / "new" / "s.safetensors"
+    write_stand_ins(path, {7: stand_in, 2: stand_in}, {"model": "a"})
+    found = read_stand_ins(path, [2, 3])
+    assert list(found) == [2]
+    for part in ("down", "up", "offset"):
+        assert torch.equal(getattr(found[2], part), getattr(stand_in, part).half())
+    assert read_metadata(path) == {"model": "a"}
+
+
+def test_a_file_cut_short_is_refused(tmp_path: Path, stand_in: StandIn) -> None:
+    path = tmp_path / "s.safetensors"
+    write_stand_ins(path, {2: stand_in}, {})
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(SafetensorError):
+        read_stand_ins(path, [2])
