@@ -57,7 +57,7 @@ def engines(small_model_path: str, caches: dict[str, Path]) -> tuple[Started, St
         later("auto again", "shared", **auto(300)),
         later("cut at once", "cut", look=200, **half),
         later("cut before the first layer", "cut", look=12, **half),
-        later("cut among the layers", "cut", look=7, **half),
+        later("cut among the layers", "cut", look=5, **half),
         later("gone on", "cut", **half),
         later("unwritable", "blocked", ratio=0.1),
         later("unwritable and cut", "blocked", look=25, **half),

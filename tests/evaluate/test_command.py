@@ -244,7 +244,18 @@ def test_a_profile_that_is_kept_for_other_weights_is_not_taken_for_these(
     path = cached_path(tmp_path, given.model["config_sha256"], "a" * 64, 128, 64)
     replace(given, weights="a" * 64).write(path)
     plain = ["--dtype", "float32", "--data", str(folder / "test.txt"), "--length", "256"]
-    plain += ["--ratios", "0", "--samples", "0", "--look-ups", "0", "-o", str(tmp_path / "out")]
+    plain += [
+        "--stand-in",
+        "off",
+        "--ratios",
+        "0",
+        "--samples",
+        "0",
+        "--look-ups",
+        "0",
+        "-o",
+        str(tmp_path / "out"),
+    ]
     refused = run(small_model_path, *plain, VLLM_CACHE_ROOT=str(tmp_path))
     assert refused.returncode == 2
     assert "the profile mine was measured on other weights of this shape" in refused.stderr
