@@ -1,7 +1,9 @@
 """Profiles that ship, and profiles written."""
 
 import errno
+import hashlib
 import json
+import struct
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,7 @@ from orthorank_vllm.profiles import (
     model_identity,
     model_shape,
     read_profile,
+    read_stand_in_facts,
 )
 
 SHAPE = {
@@ -249,3 +252,54 @@ def test_what_is_wrong_with_a_profile_is_said_in_one_line(
     with pytest.raises(ProfileError, match=message) as raised:
         read_profile(path)
     assert "\n" not in str(raised.value)
+
+
+def with_stand_ins(folder: Path) -> Path:
+    """A profile with stand-ins beside it, as calibration writes them."""
+    beside = folder / "mine.safetensors"
+    facts = {"model": config_hash(smollm2()), "share": "0.02"}
+    header = json.dumps({"__metadata__": facts}).encode()
+    beside.write_bytes(struct.pack("<Q", len(header)) + header)
+    sha256 = hashlib.sha256(beside.read_bytes()).hexdigest()
+    stand_in = {"rank": 64, "share": 0.02, "sha256": sha256}
+    profile_of(smollm2(), stand_in=stand_in).write(folder / "mine.json")
+    return folder / "mine.json"
+
+
+def test_a_profile_knows_its_stand_ins_and_counts_their_work_against_the_ratio(
+    tmp_path: Path,
+) -> None:
+    profile = read_profile(with_stand_ins(tmp_path))
+    profile.check_stand_in()
+    assert profile.stand_in_path == tmp_path / "mine.safetensors"
+    assert profile.ratios == pytest.approx([0.98 / 30, 0.98 * 1.75 / 30])
+
+
+def test_stand_ins_that_are_missing_or_others_are_refused_in_one_line(tmp_path: Path) -> None:
+    profile = read_profile(with_stand_ins(tmp_path))
+    beside = tmp_path / "mine.safetensors"
+    beside.write_bytes(beside.read_bytes()[:-1])
+    with pytest.raises(ProfileError, match="holds other stand-ins than it was measured with"):
+        profile.check_stand_in()
+    beside.unlink()
+    with pytest.raises(ProfileError, match=r"cannot be read .*; keep both files together"):
+        profile.check_stand_in()
+
+
+def test_a_kept_profile_without_its_stand_ins_is_measured_anew(tmp_path: Path) -> None:
+    config = smollm2()
+    config.vocab_size += 1
+    path = cached_path(tmp_path, config_hash(config), WEIGHTS, 128, 64, True)
+    stand_in = {"rank": 64, "share": 0.02, "sha256": "0" * 64}
+    profile_of(config, stand_in=stand_in).write(path)
+    model = model_identity(config)
+    assert read_profile(path).weights == WEIGHTS
+    assert find_profile(model, WEIGHTS, 128, 64, tmp_path, True) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff" * 40, b"\x02\0\0\0\0\0\0\0{}"])
+def test_a_file_without_stand_ins_is_named_so(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "s.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ProfileError, match="it holds no stand-ins"):
+        read_stand_in_facts(path)

@@ -219,3 +219,41 @@ def test_a_start_without_weights_measures_nothing_and_takes_nothing_kept(tmp_pat
     assert config.source == "the last layers, not measured: this load format loads no weights"
     assert "--orthorank-profile" in config.remedy
     assert "seconds" not in config.remedy
+
+
+def test_stand_ins_come_with_the_profile_unless_they_are_off() -> None:
+    """Each with layers that were chosen so."""
+    auto, off = resolved(ratio=0.3), resolved(ratio=0.3, stand_in="off")
+    assert Path(auto.stand_in).name == "smollm2-135m.safetensors"
+    assert auto.stand_in_share == shipped().share > 0
+    assert auto.expected is not None
+    assert (off.stand_in, off.stand_in_share) == ("", 0)
+    assert off.layers != auto.layers
+    assert off.expected is not None
+    assert resolved(layers=[3, 4]).stand_in == ""
+
+
+def test_stand_ins_given_by_hand_are_run_and_no_loss_is_claimed_of_them(tmp_path: Path) -> None:
+    own = tmp_path / "own.safetensors"
+    path = shipped().stand_in_path
+    assert path is not None
+    own.write_bytes(path.read_bytes())
+    model = {**SMOLLM2, "config_sha256": shipped().model["config_sha256"]}
+    config = resolved(model, ratio=0.3, stand_in=str(own))
+    assert (config.stand_in, config.expected) == (str(own), None)
+    assert resolved(model, layers=[3, 4], stand_in=str(own)).stand_in == str(own)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "why"),
+    [
+        (SMOLLM2, "none.safetensors", r"it cannot be read \(No such file or directory\)"),
+        (UNKNOWN, "", "it was fitted on a model of another configuration"),
+    ],
+)
+def test_stand_ins_that_cannot_be_are_refused(
+    tmp_path: Path, model: dict[str, Any], name: str, why: str
+) -> None:
+    path = str(tmp_path / name if name else shipped().stand_in_path)
+    with pytest.raises(OptionError, match=f"--orthorank-stand-in {path}: not allowed, {why}"):
+        resolved(model, ratio=0.3, stand_in=path)
