@@ -116,9 +116,11 @@ class OrthoRankConfig:
         return max(within, default=0)
 
     def reached(self, profile: Profile, count: int) -> float:
-        """The ratio that a profile's first entries reach, but for float noise above it."""
-        layers = self._of(profile, count)
-        return ratio_of(layers, self.num_layers, self._with_stand_in(profile).stand_in_share) + 1e-9
+        """The share of updates that a profile's first entries skip, and float noise above it.
+
+        What is asked for: the stand-ins' own work counts in the ratio that is told.
+        """
+        return ratio_of(self._of(profile, count), self.num_layers) + 1e-9
 
     def with_profile(self, profile: Profile, source: str = "") -> "OrthoRankConfig":
         """A copy with the first entries of a profile, all of them where they are too few.

@@ -51,7 +51,7 @@ def server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.fixture(scope="module")
 def reference(model_path: str) -> Reference:
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    return Reference(model, Rule(SHIPPED.keeps))
+    return Reference(model, Rule(SHIPPED.keeps, stand_ins=SHIPPED.stand_ins))
 
 
 def reference_logprobs(
@@ -79,8 +79,9 @@ def test_the_start_up_line_says_what_is_run_and_what_answers_lose(server: Server
     [line] = [line for line in server.log.read_text().splitlines() if "OrthoRank is active" in line]
     losses = ", ".join(f"{kind} {nats:.3f}" for kind, nats in SHIPPED.expected.loss.items())
     assert (
-        f"ratio {SHIPPED.reached:.3f} (asked for 0.3), window 128, tail 64, {len(SHIPPED.keeps)} "
-        f"of 30 layers selective [{SHIPPED.listed}], chosen by profile SmolLM2-135M-Instruct, "
+        f"ratio {SHIPPED.reached:.3f} (asked for 0.3), window 128, tail 64, "
+        f"stand-ins of smollm2-135m.safetensors, {len(SHIPPED.keeps)} of 30 layers "
+        f"selective [{SHIPPED.listed}], chosen by profile SmolLM2-135M-Instruct, "
         f"expected loss {losses} nats a token; {SHIPPED.expected.found:.0%} of numbers found, "
         "attention: cpu"
     ) in line

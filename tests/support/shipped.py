@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import torch
+from safetensors.torch import load_file
+
 from orthorank_vllm.profiles import Cost, shipped_profiles
 
 # The one that is served by default.
@@ -25,12 +28,22 @@ class Shipped:
         keeps: dict[int, float] = {}
         for entry in PROFILE.entries:
             keeps[entry.layer] = entry.keep
-            skipped = sum(1 - keep for keep in keeps.values()) * (1 - PROFILE.share)
-            reached = skipped / PROFILE.num_layers
-            if reached > ratio - 1e-9:
+            skipped = sum(1 - keep for keep in keeps.values()) / PROFILE.num_layers
+            if skipped > ratio - 1e-9:
                 assert entry.held_back is not None
-                return cls(keeps, reached, entry.held_back)
+                return cls(keeps, skipped * (1 - PROFILE.share), entry.held_back)
         raise AssertionError(f"the shipped profile does not reach {ratio}")
+
+    @property
+    def stand_ins(self) -> dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Of the selective layers, as `reference.Rule` has them."""
+        tensors = {
+            name: part.float() for name, part in load_file(str(PROFILE.stand_in_path)).items()
+        }
+        return {
+            layer: (tensors[f"{layer}.down"], tensors[f"{layer}.up"], tensors[f"{layer}.offset"])
+            for layer in self.keeps
+        }
 
     @property
     def listed(self) -> str:
