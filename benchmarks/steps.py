@@ -229,7 +229,8 @@ def start(arguments: argparse.Namespace, lengths: list[int], folder: str) -> Eng
     from vllm import LLM
     from vllm.platforms import current_platform
 
-    chosen = {"layers": arguments.layers} if arguments.layers else {"ratio": RATIO}
+    chosen = {"layers": arguments.layers} if arguments.layers else {"ratio": arguments.ratio}
+    chosen |= {"attention": arguments.attention[0], "stand_in": arguments.stand_in}
     is_gpu = current_platform.device_type == "cuda"
     room = max(*lengths, DECODE_PROMPT) + DECODED
     # On a GPU vLLM's defaults; on a CPU one step for each prompt.
@@ -245,7 +246,7 @@ def start(arguments: argparse.Namespace, lengths: list[int], folder: str) -> Eng
             skip_tokenizer_init=True,
             max_model_len=room,
             enable_prefix_caching=False,
-            additional_config={"orthorank": {**chosen, "attention": arguments.attention[0]}},
+            additional_config={"orthorank": chosen},
             **options,
         ),
         is_gpu,
@@ -259,7 +260,9 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="a folder or hub name, as for vLLM")
     parser.add_argument("--shapes", choices=SHAPES, help="in place of a model, with random weights")
     parser.add_argument("--load-format", default="auto", help="vLLM's; dummy: random weights")
-    parser.add_argument("--layers", help=f"OrthoRank's; without, what it takes at ratio {RATIO}")
+    parser.add_argument("--layers", help="OrthoRank's; without, what it takes at --ratio")
+    parser.add_argument("--ratio", default=RATIO, help="OrthoRank's (default: %(default)s)")
+    parser.add_argument("--stand-in", default="auto", help="OrthoRank's (default: %(default)s)")
     parser.add_argument("--lengths", default="128,512,2048", help="of prompts, in tokens")
     parser.add_argument("--pairs", type=int, default=20, help="of forwards, at each length")
     parser.add_argument("--tokens", type=int, default=0, help="at once, in as many prompts as fit")
