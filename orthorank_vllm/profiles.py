@@ -268,6 +268,21 @@ def read_stand_in_facts(path: str | Path) -> dict[str, str]:
         ) from None
 
 
+def stand_in_share_of(model: Mapping[str, Any], path: str | Path) -> float:
+    """The "share" in a file of stand-ins, once it is known to be the model's.
+
+    Args:
+        model: see `model_identity`.
+
+    Raises:
+        ProfileError: as `read_stand_in_facts`, or it is another model's.
+    """
+    facts = read_stand_in_facts(path)
+    if facts["model"] != model["config_sha256"]:
+        raise ProfileError("it was fitted on a model of another configuration")
+    return float(facts["share"])
+
+
 def read_profile_of(model: Mapping[str, Any], path: str | Path) -> Profile:
     """Read a profile's file and check that it is the model's.
 

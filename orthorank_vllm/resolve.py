@@ -23,8 +23,8 @@ from orthorank_vllm.profiles import (
     ProfileError,
     kept_profiles,
     read_profile_of,
-    read_stand_in_facts,
     shipped_profile,
+    stand_in_share_of,
 )
 
 # Why a start does not measure, and what would help.
@@ -127,12 +127,9 @@ def _with_given_stand_in(
     config: OrthoRankConfig, path: str, model: Mapping[str, Any]
 ) -> OrthoRankConfig:
     try:
-        told = read_stand_in_facts(path)
+        return replace(config, stand_in=path, stand_in_share=stand_in_share_of(model, path))
     except ProfileError as error:
         raise STAND_IN.rejected(path, str(error)) from None
-    if told["model"] != model["config_sha256"]:
-        raise STAND_IN.rejected(path, "it was fitted on a model of another configuration")
-    return replace(config, stand_in=path, stand_in_share=float(told["share"]))
 
 
 def _lack(profile: Profile, config: OrthoRankConfig) -> str:

@@ -17,9 +17,9 @@ from orthorank_vllm.profiles import (
     kept_profiles,
     read_profile,
     read_profile_of,
-    read_stand_in_facts,
     shipped_profile,
     shipped_profiles,
+    stand_in_share_of,
 )
 from orthorank_vllm.selection.method import Method
 
@@ -85,10 +85,7 @@ def stand_ins_to_test(
     """
     try:
         if given not in (AUTO, OFF):
-            facts = read_stand_in_facts(given)
-            if facts["model"] != model["config_sha256"]:
-                raise ProfileError("it was fitted on a model of another configuration")
-            return Path(given), float(facts["share"])
+            return Path(given), stand_in_share_of(model, given)
         if given == OFF or profile is None:
             return None, 0.0
         profile.check_stand_in()
