@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from orthorank_vllm.options import RATIO, LayerKeep, at_most
-from orthorank_vllm.profiles import Cost, Profile
+from orthorank_vllm.profiles import Cost, MeasuredRule, Profile
 
 # An expected loss above the one, or a share of found numbers below the other, is worth a warning.
 MUCH_LOSS = 0.1
@@ -67,6 +67,11 @@ class OrthoRankConfig:
     def ratio(self) -> float:
         """The ratio reached: the fraction of token-layer updates that prefill skips."""
         return ratio_of(self.layers, self.num_layers, self.stand_in_share)
+
+    @property
+    def rule(self) -> MeasuredRule:
+        """What a profile must have been measured with to tell what is lost."""
+        return MeasuredRule(self.window, self.tail, self.wants_stand_in)
 
     @property
     def keeps(self) -> tuple[float, ...]:

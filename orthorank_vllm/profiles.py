@@ -1,4 +1,4 @@
-"""What was measured of a model's layers: read it, find it, write it.
+"""What was measured of a model's layers: read it, write it.
 
 A profile is JSON in the form of `profile.schema.json`.
 """
@@ -7,11 +7,11 @@ import hashlib
 import itertools
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from orthorank_vllm.files import write_whole
 from orthorank_vllm.options import LayerKeep
@@ -33,6 +33,14 @@ _NOT_THE_MODEL = ("architectures", "auto_map", "dtype", "torch_dtype", "transfor
 
 class ProfileError(ValueError):
     """Why a profile cannot be used, in half a sentence."""
+
+
+class MeasuredRule(NamedTuple):
+    """What else than its layers decides what an answer loses: a profile is of one such rule."""
+
+    window: int
+    tail: int
+    has_stand_in: bool
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,11 @@ class Profile:
     @property
     def num_layers(self) -> int:
         return int(self.model["num_hidden_layers"])
+
+    @property
+    def rule(self) -> MeasuredRule:
+        """What was measured, its layers aside."""
+        return MeasuredRule(self.window, self.tail, self.stand_in is not None)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -237,7 +250,7 @@ def read_profile(path: str | Path) -> Profile:
         raise ProfileError(f"it cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise ProfileError(f"it is not JSON ({error})") from None
-    return _from_json(content, Path(path))
+    return from_json(content, Path(path))
 
 
 def stand_ins_beside(path: Path) -> Path:
@@ -297,89 +310,6 @@ def read_profile_of(model: Mapping[str, Any], path: str | Path) -> Profile:
     return profile
 
 
-def kept_folder(cache_root: str | Path) -> Path:
-    """Where all profiles are kept that were measured on this machine."""
-    return Path(cache_root) / "orthorank"
-
-
-def cached_path(
-    cache_root: str | Path,
-    sha256: str,
-    weights: str,
-    window: int,
-    tail: int,
-    has_stand_in: bool = False,
-) -> Path:
-    """Where the profile of a model is kept that was measured on this machine.
-
-    Args:
-        sha256, weights: of its configuration, and the fingerprint of its weights.
-    """
-    return kept_folder(cache_root) / _cached_name(sha256, weights[:16], window, tail, has_stand_in)
-
-
-def _cached_name(sha256: str, weights: str, window: int, tail: int, has_stand_in: bool) -> str:
-    stand_in = "-stand-in" if has_stand_in else ""
-    return f"{sha256[:32]}-{weights}-window{window}-tail{tail}{stand_in}.json"
-
-
-def kept_profiles(
-    cache_root: str | Path, sha256: str, window: int, tail: int, has_stand_in: bool = False
-) -> list[Path]:
-    """Where `cached_path` has profiles of this configuration, of whatever weights; newest first."""
-    name = _cached_name(sha256, "*", window, tail, has_stand_in)
-    found = kept_folder(cache_root).glob(name)
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
-
-
-def shipped_profiles() -> Iterator[Profile]:
-    """The profiles in the package."""
-    folder = resources.files("orthorank_vllm") / "profile_data"
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
-        if entry.name.endswith(".json"):
-            yield _from_json(json.loads(entry.read_text()), Path(str(entry)))
-
-
-def shipped_profile(model: Mapping[str, Any], has_stand_in: bool = False) -> Profile | None:
-    """The profile in the package that fits by shape, whatever weights it was measured on."""
-    return next(
-        (
-            profile
-            for profile in shipped_profiles()
-            if profile.fits(model) and (profile.stand_in is not None) == has_stand_in
-        ),
-        None,
-    )
-
-
-def find_profile(
-    model: Mapping[str, Any],
-    weights: str | None,
-    window: int,
-    tail: int,
-    cache_root: str | Path,
-    has_stand_in: bool = False,
-) -> Profile | None:
-    """The profile of a model: measured on this machine with this rule, or else shipped.
-
-    Args:
-        model: see `model_identity`.
-        weights: their fingerprint; without one nothing is known to be measured on them.
-        cache_root: vLLM's, see `cached_path`.
-    """
-    if weights is not None:
-        path = cached_path(cache_root, model["config_sha256"], weights, window, tail, has_stand_in)
-        try:
-            kept = read_profile(path)
-            kept.check_stand_in()
-        except ProfileError:
-            # Not there, or of another version: measured anew where that is asked for.
-            return shipped_profile(model, has_stand_in)
-        if kept.weights == weights:
-            return kept
-    return shipped_profile(model, has_stand_in)
-
-
 def _entry_as_dict(entry: Entry) -> dict[str, Any]:
     costs = {"cost": entry.cost, "held_back": entry.held_back}
     return {
@@ -398,7 +328,12 @@ def _entry_of(content: Mapping[str, Any]) -> Entry:
     return Entry(content["layer"], content["keep"], **costs)
 
 
-def _from_json(content: Any, path: Path) -> Profile:
+def from_json(content: Any, path: Path) -> Profile:
+    """Check what a profile's file holds.
+
+    Raises:
+        ProfileError: it is not a profile.
+    """
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import best_match
 

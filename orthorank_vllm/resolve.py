@@ -18,14 +18,8 @@ from orthorank_vllm.options import (
     Options,
     at_most,
 )
-from orthorank_vllm.profiles import (
-    Profile,
-    ProfileError,
-    kept_profiles,
-    read_profile_of,
-    shipped_profile,
-    stand_in_share_of,
-)
+from orthorank_vllm.profile_store import kept_profiles, shipped_profile
+from orthorank_vllm.profiles import Profile, ProfileError, read_profile_of, stand_in_share_of
 
 # Why a start does not measure, and what would help.
 NO_WEIGHTS = (
@@ -76,8 +70,7 @@ def resolve(
     to_choose = replace(config, to_choose=True)
     if has_weights:
         to_choose = replace(to_choose, calibrate_seconds=options.calibrate_seconds)
-        rule = options.window, options.tail, config.wants_stand_in
-        if kept_profiles(cache_root, model["config_sha256"], *rule):
+        if kept_profiles(cache_root, model["config_sha256"], config.rule):
             return to_choose
     shipped = shipped_profile(model, config.wants_stand_in)
     if shipped is not None and config.entries_needed(shipped) is not None:

@@ -1,98 +1,29 @@
-"""Profiles that ship, and profiles written."""
+"""Profiles, written and read."""
 
 import errno
 import hashlib
 import json
 import struct
-from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
 
 from orthorank_vllm.profiles import (
     Cost,
     Entry,
-    Profile,
     ProfileError,
-    cached_path,
     config_hash,
-    find_profile,
-    kept_profiles,
-    model_identity,
     model_shape,
     read_profile,
     read_stand_in_facts,
 )
-
-SHAPE = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_hidden_layers": 30,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-}
-
-
-def smollm2(**changed: Any) -> LlamaConfig:
-    rope = {"rope_theta": 100000.0, "rope_type": "default"}
-    return LlamaConfig(**{**SHAPE, "rope_parameters": rope, **changed})
-
-
-WEIGHTS, OTHER_WEIGHTS = "a" * 64, "b" * 64
-
-
-def found(
-    config: LlamaConfig, cache_root: str | Path = "/nowhere", weights: str | None = WEIGHTS
-) -> Profile | None:
-    return find_profile(model_identity(config), weights, 128, 64, cache_root)
-
-
-def keep_in(cache_root: Path, profile: Profile, config: LlamaConfig) -> Path:
-    assert profile.weights is not None
-    rule = profile.window, profile.tail
-    path = cached_path(cache_root, config_hash(config), profile.weights, *rule)
-    profile.write(path)
-    return path
-
-
-def profile_of(config: LlamaConfig, **changed: Any) -> Profile:
-    entries = (Entry(4, 0.0), Entry(2, 0.25))
-    fields = {"entries": entries, "window": 128, "tail": 64, "weights": WEIGHTS, **changed}
-    return Profile("mine", model_identity(config), **fields)
-
-
-def test_the_shipped_profiles_are_found_by_their_models_and_by_whose_weights_they_are() -> None:
-    folder = Path(str(resources.files("orthorank_vllm") / "profile_data"))
-    profiles = [read_profile(path) for path in folder.glob("*.json")]
-    assert profiles
-    for profile in profiles:
-        rule = profile.window, profile.tail
-        has_stand_in = profile.stand_in is not None
-        assert find_profile(profile.model, None, *rule, "/nowhere", has_stand_in) == profile
-        profile.check_stand_in()
-        assert profile.weights is not None
-        assert profile.entries
-
-
-def test_smollm2_is_known_by_its_shape() -> None:
-    assert found(smollm2()) is not None
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"intermediate_size": 1600},
-        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
-        {"vocab_size": 49153},
-    ],
+from tests.support.profiles import (
+    SHAPE,
+    profile_of,
+    smollm2,
 )
-def test_a_model_of_another_shape_is_not_taken_for_it(changed: dict[str, object]) -> None:
-    """Break seen: SmolLM-135M, which differs in its rope alone."""
-    assert found(smollm2(**changed)) is None
 
 
 def test_the_rope_base_is_found_where_older_configurations_keep_it() -> None:
@@ -110,54 +41,6 @@ def test_a_models_hash_is_of_the_model_and_not_of_how_it_is_run() -> None:
     swapped = smollm2(architectures=["OrthoRankLlamaForCausalLM"], dtype="bfloat16")
     assert config_hash(swapped) == plain
     assert config_hash(smollm2(max_position_embeddings=1024)) != plain
-
-
-def test_a_profile_measured_here_is_found_by_model_weights_and_rule(tmp_path: Path) -> None:
-    config = smollm2(intermediate_size=1600)
-    mine = profile_of(config)
-    keep_in(tmp_path, mine, config)
-    assert found(config, tmp_path) == mine
-    assert find_profile(model_identity(config), WEIGHTS, 64, 64, tmp_path) is None
-    assert find_profile(model_identity(config), WEIGHTS, 128, 1, tmp_path) is None
-    assert found(smollm2(intermediate_size=1700), tmp_path) is None
-
-
-def test_a_fine_tune_and_its_base_keep_a_profile_each(tmp_path: Path) -> None:
-    config = smollm2(intermediate_size=1600)
-    base = profile_of(config)
-    tuned = profile_of(config, weights=OTHER_WEIGHTS, entries=(Entry(7, 0.0),))
-    keep_in(tmp_path, base, config)
-    assert found(config, tmp_path, OTHER_WEIGHTS) is None
-    keep_in(tmp_path, tuned, config)
-    assert found(config, tmp_path, OTHER_WEIGHTS) == tuned
-    assert found(config, tmp_path) == base
-    assert found(config, tmp_path, weights=None) is None
-    assert len(kept_profiles(tmp_path, config_hash(config), 128, 64)) == 2
-    assert kept_profiles(tmp_path, config_hash(config), 128, 1) == []
-
-
-def test_a_file_that_was_put_in_the_place_of_other_weights_is_not_taken(tmp_path: Path) -> None:
-    """Break seen: a profile taken for the name of its file."""
-    config = smollm2(intermediate_size=1600)
-    path = keep_in(tmp_path, profile_of(config), config)
-    profile_of(config, weights=OTHER_WEIGHTS).write(path)
-    assert found(config, tmp_path) is None
-
-
-def test_a_profile_kept_by_an_older_version_is_not_taken(tmp_path: Path) -> None:
-    """Guards against: a name that today's pattern finds, with what it cannot read."""
-    config = smollm2(intermediate_size=1600)
-    name = f"{config_hash(config)[:32]}-{WEIGHTS[:16]}-keep0.3333-window128.json"
-    profile_of(config).write(tmp_path / "orthorank" / name)
-    assert found(config, tmp_path) is None
-    assert kept_profiles(tmp_path, config_hash(config), 128, 64) == []
-
-
-def test_a_damaged_file_in_the_cache_is_as_good_as_none(tmp_path: Path) -> None:
-    config = smollm2(intermediate_size=1600)
-    path = keep_in(tmp_path, profile_of(config), config)
-    path.write_text('{"format": 5, "name')
-    assert found(config, tmp_path) is None
 
 
 def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -284,17 +167,6 @@ def test_stand_ins_that_are_missing_or_others_are_refused_in_one_line(tmp_path: 
     beside.unlink()
     with pytest.raises(ProfileError, match=r"cannot be read .*; keep both files together"):
         profile.check_stand_in()
-
-
-def test_a_kept_profile_without_its_stand_ins_is_measured_anew(tmp_path: Path) -> None:
-    config = smollm2()
-    config.vocab_size += 1
-    path = cached_path(tmp_path, config_hash(config), WEIGHTS, 128, 64, True)
-    stand_in = {"rank": 64, "share": 0.02, "sha256": "0" * 64}
-    profile_of(config, stand_in=stand_in).write(path)
-    model = model_identity(config)
-    assert read_profile(path).weights == WEIGHTS
-    assert find_profile(model, WEIGHTS, 128, 64, tmp_path, True) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff" * 40, b"\x02\0\0\0\0\0\0\0{}"])

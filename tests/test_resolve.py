@@ -8,7 +8,8 @@ import pytest
 
 from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.options import LayerKeep, OptionError, Options
-from orthorank_vllm.profiles import Cost, Entry, Profile, cached_path, shipped_profile
+from orthorank_vllm.profile_store import kept_path, shipped_profile
+from orthorank_vllm.profiles import Cost, Entry, Profile
 from orthorank_vllm.resolve import resolve
 
 THIRD = 1 / 3
@@ -25,6 +26,7 @@ SMOLLM2 = {
 UNKNOWN = {**SMOLLM2, "hidden_size": 640}
 ENTRIES = (Entry(29, 0.0, Cost({"prose": 0.01})), Entry(4, 0.25, Cost({"prose": 0.03})))
 MINE = Profile("mine", SMOLLM2, ENTRIES, window=128, tail=64)
+WITH_STAND_IN = MINE.rule._replace(has_stand_in=True)
 
 
 def resolved(model: dict[str, Any] = SMOLLM2, **given: Any) -> OrthoRankConfig:
@@ -199,7 +201,7 @@ def test_without_a_profile_and_a_calibration_the_last_layers_are_taken() -> None
 
 def test_where_a_profile_was_measured_here_the_choice_waits_for_the_weights(tmp_path: Path) -> None:
     """Whose it is, the weights tell; before them goes neither it nor the shipped one."""
-    MINE.write(cached_path(tmp_path, "5" * 64, "a" * 64, 128, 64, True))
+    MINE.write(kept_path(tmp_path, "5" * 64, "a" * 64, WITH_STAND_IN))
     options = Options.from_mapping({"ratio": 0.1, "calibrate_seconds": 0})
     waiting = resolve(options, SMOLLM2, str(tmp_path))
     assert (waiting.to_choose, waiting.layers, waiting.calibrate_seconds) == (True, (), 0)
@@ -211,7 +213,7 @@ def test_where_a_profile_was_measured_here_the_choice_waits_for_the_weights(tmp_
 def test_a_start_without_weights_measures_nothing_and_takes_nothing_kept(tmp_path: Path) -> None:
     """Break seen: a server of random weights that calibrated on them."""
     for model in (SMOLLM2, UNKNOWN):
-        MINE.write(cached_path(tmp_path, "5" * 64, "a" * 64, 128, 64, True))
+        MINE.write(kept_path(tmp_path, "5" * 64, "a" * 64, WITH_STAND_IN))
         options = Options.from_mapping({"ratio": 0.1})
         config = resolve(options, model, str(tmp_path), has_weights=False)
         assert not config.to_choose

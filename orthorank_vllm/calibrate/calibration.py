@@ -236,9 +236,8 @@ class Course:
         self.keep()
         self.on_trial()
 
-    @property
-    def stand_ins(self) -> dict[int, StandIn]:
-        """Those of every layer: fitted once, and kept beside the measurements.
+    def place_stand_ins(self) -> dict[int, StandIn]:
+        """Put those of every layer into the workers: fitted once, and kept with the measurements.
 
         Raises:
             OSError: see `keep`.
@@ -246,12 +245,13 @@ class Course:
         if self._stand_ins is None:
             identity = hashlib.sha256(repr(self.calibration.identity).encode()).hexdigest()
             kept = None if self.path is None else fitted_of(self.path.with_suffix(""))
-            self._stand_ins = _kept_stand_ins(kept, identity, self.calibration.num_layers)
-            if not self._stand_ins:
-                self._stand_ins = self._fit()
+            found = _kept_stand_ins(kept, identity, self.calibration.num_layers)
+            if not found:
+                found = self._fit()
                 if kept is not None:
-                    self._keep(lambda: write_stand_ins(kept, self.stand_ins, {"of": identity}))
-            self.workers.call(worker_calls.use_stand_ins, self._stand_ins)
+                    self._keep(lambda: write_stand_ins(kept, found, {"of": identity}))
+            self.workers.call(worker_calls.use_stand_ins, found)
+            self._stand_ins = found
         return self._stand_ins
 
     def write(self, profile: Profile, path: Path) -> Profile:
@@ -266,7 +266,8 @@ class Course:
         written = replace(profile, path=path)
         if profile.stand_in is not None:
             beside = stand_ins_beside(path)
-            stand_ins = {entry.layer: self.stand_ins[entry.layer] for entry in profile.entries}
+            fitted = self.place_stand_ins()
+            stand_ins = {entry.layer: fitted[entry.layer] for entry in profile.entries}
             facts = {
                 "model": str(profile.model["config_sha256"]),
                 "weights": profile.weights or "",
@@ -287,7 +288,7 @@ class Course:
     def _open(self, name: str) -> WorkersTrial:
         calibration = self.calibration
         if calibration.stand_in is not None:
-            _ = self.stand_ins  # in the workers before anything is measured
+            self.place_stand_ins()
         return WorkersTrial(
             self.workers, calibration.texts[name], calibration.method, KEEPS, name=name
         )

@@ -24,7 +24,8 @@ from orthorank_vllm.config import describe
 from orthorank_vllm.files import check_writable
 from orthorank_vllm.offline.workers import Workers
 from orthorank_vllm.options import AUTO, OFF, RATIO, STAND_IN, OptionError
-from orthorank_vllm.profiles import Profile, ProfileError, cached_path, kept_folder, read_profile
+from orthorank_vllm.profile_store import kept_folder, kept_path
+from orthorank_vllm.profiles import Profile, ProfileError, read_profile
 
 DEFAULT_MAX_RATIO = 0.5
 MAX_RATIO = replace(
@@ -206,14 +207,8 @@ def default_output(calibration: Calibration) -> Path:
             "-o: needed with this --load-format, whose weights have no fingerprint by which a "
             "server could find the profile; give a FILE, and the server --orthorank-profile FILE"
         )
-    return cached_path(
-        cache_root(),
-        calibration.model["config_sha256"],
-        calibration.weights,
-        calibration.method.window,
-        calibration.method.tail,
-        calibration.stand_in is not None,
-    )
+    rule = calibration.profile_of(()).rule
+    return kept_path(cache_root(), calibration.model["config_sha256"], calibration.weights, rule)
 
 
 def table(profile: Profile) -> str:

@@ -21,13 +21,8 @@ from orthorank_vllm.model.fingerprint import loads_weights
 from orthorank_vllm.offline import worker_calls
 from orthorank_vllm.offline.workers import Workers, tokenizer_of
 from orthorank_vllm.options import OptionError
-from orthorank_vllm.profiles import (
-    Profile,
-    cached_path,
-    find_profile,
-    kept_profiles,
-    model_identity,
-)
+from orthorank_vllm.profile_store import find_profile, kept_path, kept_profiles
+from orthorank_vllm.profiles import Profile, model_identity
 from orthorank_vllm.selection.method import Method
 
 logger = logging.getLogger("vllm.orthorank")
@@ -91,18 +86,17 @@ def _chosen(
 ) -> OrthoRankConfig:
     root = cache_root()
     model = model_identity(model_config.hf_text_config)
-    rule = config.window, config.tail, config.wants_stand_in
     path = None
     if weights is not None:
-        path = cached_path(root, model["config_sha256"], weights, *rule)
+        path = kept_path(root, model["config_sha256"], weights, config.rule)
     with _alone(path, deadline):
-        known = find_profile(model, weights, *rule[:2], root, config.wants_stand_in)
+        known = find_profile(model, weights, config.rule, root)
         if known is not None and _is_enough(known, config):
             return config.with_profile(known)
         if not config.calibrate_seconds:
             return config.unmeasured(*CALIBRATION_OFF)
         what = "this model"
-        if kept_profiles(root, model["config_sha256"], *rule):
+        if kept_profiles(root, model["config_sha256"], config.rule):
             what = "these weights (what is kept is of others, or reaches a lower ratio)"
         logger.info(
             "OrthoRank has no profile of %s and chooses its layers by measurement, in at most "
@@ -175,7 +169,7 @@ def _calibrated(
         search.run(target, calibration.chance)
         course.end_trial()
     except _OutOfTime:
-        return _cut(course, config, calibration.profile_of(search.entries))
+        return _cut(course, config, calibration.profile_of(search.entries), path)
     except NothingToTell as error:
         return config.dense(
             str(error),
@@ -184,7 +178,7 @@ def _calibrated(
         )
     finally:
         workers.call(worker_calls.forget_texts)
-    profile = _with_stand_ins(course, calibration.profile_of(search.entries, search.alone))
+    profile = _with_stand_ins(course, calibration.profile_of(search.entries, search.alone), path)
     logger.info(
         "OrthoRank chose its layers in %.0f s, with %d trials.",
         time.monotonic() - start,
@@ -193,12 +187,12 @@ def _calibrated(
     return config.with_profile(profile, f"calibration at start-up, {_store(course, profile, path)}")
 
 
-def _with_stand_ins(course: Course, profile: Profile) -> Profile:
+def _with_stand_ins(course: Course, profile: Profile, path: Path | None) -> Profile:
     """The profile, once its stand-ins are in the workers; whether they are in a file or not."""
     if profile.stand_in is None:
         return profile
-    _ = course.stand_ins
-    return replace(profile, path=course.path or Path("not kept"))
+    course.place_stand_ins()
+    return replace(profile, path=path or Path("not kept"))
 
 
 def _target(config: OrthoRankConfig) -> float:
@@ -211,7 +205,9 @@ def _target(config: OrthoRankConfig) -> float:
     )
 
 
-def _cut(course: Course, config: OrthoRankConfig, profile: Profile) -> OrthoRankConfig:
+def _cut(
+    course: Course, config: OrthoRankConfig, profile: Profile, path: Path | None
+) -> OrthoRankConfig:
     """Serve what was found until the time was over."""
     course.keep()
     going_on = "nothing could be kept" if course.path is None else "a later start goes on"
@@ -222,7 +218,7 @@ def _cut(course: Course, config: OrthoRankConfig, profile: Profile) -> OrthoRank
     )
     if not profile.entries:
         return config.dense(reason, remedy)
-    profile = _with_stand_ins(course, profile)
+    profile = _with_stand_ins(course, profile, path)
     found = config.with_profile(profile, f"an unfinished calibration: {reason}")
     return replace(found, remedy=remedy)
 

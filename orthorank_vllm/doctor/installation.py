@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from orthorank_vllm import __version__, compat
 from orthorank_vllm.doctor.check import FAILED, Check, failed, ok, warning
-from orthorank_vllm.profiles import kept_folder, shipped_profiles
+from orthorank_vllm.profile_store import kept_folder, shipped_profiles
 
 INSTALL = "pip install 'orthorank-vllm[vllm]'"
 # What the tests run with, see requirements/.

@@ -10,7 +10,8 @@ from orthorank_vllm.metrics.collector import FOLDER_VARIABLE, prepare_server
 from orthorank_vllm.model.architectures import hf_overrides_for
 from orthorank_vllm.model.fingerprint import loads_weights
 from orthorank_vllm.options import RATIO, Options
-from orthorank_vllm.profiles import kept_profiles, model_identity
+from orthorank_vllm.profile_store import kept_profiles
+from orthorank_vllm.profiles import model_identity
 from orthorank_vllm.resolve import resolve
 
 RAY_VARIABLES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
@@ -44,8 +45,8 @@ def configure(
     check_backend(options.attention, vllm_config.device_config.device_type)
     has_weights = loads_weights(vllm_config.load_config)
     config = resolve(options, model, envs.VLLM_CACHE_ROOT, has_weights)
-    rule = config.window, config.tail, config.wants_stand_in
-    if config.to_choose and not kept_profiles(envs.VLLM_CACHE_ROOT, model["config_sha256"], *rule):
+    kept = kept_profiles(envs.VLLM_CACHE_ROOT, model["config_sha256"], config.rule)
+    if config.to_choose and not kept:
         _check_can_calibrate(vllm_config.model_config, options)
     vllm_config.additional_config = {
         **vllm_config.additional_config,

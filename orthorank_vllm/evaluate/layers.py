@@ -10,15 +10,18 @@ from orthorank_vllm.compat import cache_root
 from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.evaluate.runs import Layers
 from orthorank_vllm.options import AUTO, OFF, OptionError
-from orthorank_vllm.profiles import (
-    Profile,
-    ProfileError,
-    cached_path,
+from orthorank_vllm.profile_store import (
+    kept_path,
     kept_profiles,
-    read_profile,
-    read_profile_of,
     shipped_profile,
     shipped_profiles,
+)
+from orthorank_vllm.profiles import (
+    MeasuredRule,
+    Profile,
+    ProfileError,
+    read_profile,
+    read_profile_of,
     stand_in_share_of,
 )
 from orthorank_vllm.selection.method import Method
@@ -60,8 +63,8 @@ def _given(path: str, model: Mapping[str, Any]) -> Profile:
 
 
 def _known(model: Mapping[str, Any], rule: Method, has_stand_in: bool) -> Profile | None:
-    numbers = rule.window, rule.tail, has_stand_in
-    kept = kept_profiles(cache_root(), model["config_sha256"], *numbers)
+    measured = MeasuredRule(rule.window, rule.tail, has_stand_in)
+    kept = kept_profiles(cache_root(), model["config_sha256"], measured)
     if kept:
         try:
             return read_profile(kept[0])
@@ -112,8 +115,12 @@ def check_weights(
     if is_given or profile in shipped_profiles():
         print(f"note: {told}", file=sys.stderr)
         return
-    numbers = rule.window, rule.tail, profile.stand_in is not None
-    own = cached_path(cache_root(), model["config_sha256"], weights, *numbers)
+    own = kept_path(
+        cache_root(),
+        model["config_sha256"],
+        weights,
+        profile.rule._replace(window=rule.window, tail=rule.tail),
+    )
     give = f"give --profile {own}" if own.exists() else "run `orthorank calibrate` on these"
     raise OptionError(f"--profile: {told}, and a server would not take it; {give}")
 

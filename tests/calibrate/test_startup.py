@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from orthorank_vllm.profiles import Profile, model_identity, read_profile, shipped_profile
+from orthorank_vllm.profile_store import shipped_profile
+from orthorank_vllm.profiles import Profile, model_identity, read_profile
 from tests.calibrate.starts import (
     Started,
     layers_of,

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orthorank_vllm.calibrate.kinds import make_samples
 from orthorank_vllm.calibrate.text import read_text
-from orthorank_vllm.profiles import cached_path, read_profile
+from orthorank_vllm.profile_store import kept_path
+from orthorank_vllm.profiles import read_profile
 from tests.evaluate.conftest import ANSWER, CONTINUATIONS, PROMPT, QUESTIONS, options, tasks
 from tests.support.reference import Reference, Rule
 
@@ -241,7 +242,7 @@ def test_a_profile_that_is_kept_for_other_weights_is_not_taken_for_these(
 ) -> None:
     """Break seen: a fine-tune evaluated with its base's layers, which no server takes."""
     given = read_profile(folder / "profile.json")
-    path = cached_path(tmp_path, given.model["config_sha256"], "a" * 64, 128, 64)
+    path = kept_path(tmp_path, given.model["config_sha256"], "a" * 64, given.rule)
     replace(given, weights="a" * 64).write(path)
     plain = ["--dtype", "float32", "--data", str(folder / "test.txt"), "--length", "256"]
     plain += [

@@ -7,7 +7,8 @@ import pytest
 from orthorank_vllm.calibrate.text import Text
 from orthorank_vllm.evaluate.layers import check_layers, check_weights, layers_at, profile_to_test
 from orthorank_vllm.options import LayerKeep, OptionError
-from orthorank_vllm.profiles import SHAPE_KEYS, Entry, Profile, cached_path
+from orthorank_vllm.profile_store import kept_path
+from orthorank_vllm.profiles import SHAPE_KEYS, Entry, MeasuredRule, Profile
 from orthorank_vllm.selection.method import Method
 
 MODEL = {**dict.fromkeys(SHAPE_KEYS, 10), "config_sha256": "c" * 64}
@@ -63,8 +64,8 @@ def test_a_kept_profile_of_other_weights_is_refused_and_a_given_one_noted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Break seen: a fine-tune evaluated with its base's layers, which no server takes."""
-    numbers = RULE.window, RULE.tail
-    path = cached_path(tmp_path / "cache", str(MODEL["config_sha256"]), "a" * 64, *numbers)
+    measured = MeasuredRule(RULE.window, RULE.tail, has_stand_in=False)
+    path = kept_path(tmp_path / "cache", str(MODEL["config_sha256"]), "a" * 64, measured)
     profile(weights="a" * 64).write(path)
     kept = profile_to_test(None, MODEL, RULE, TEXT, False)
     with pytest.raises(OptionError, match="run `orthorank calibrate` on these"):

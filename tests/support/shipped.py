@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from safetensors.torch import load_file
 
-from orthorank_vllm.profiles import Cost, shipped_profiles
+from orthorank_vllm.profile_store import shipped_profiles
+from orthorank_vllm.profiles import Cost
 
 # The one that is served by default.
 [PROFILE] = [profile for profile in shipped_profiles() if profile.stand_in is not None]
