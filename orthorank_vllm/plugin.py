@@ -138,7 +138,7 @@ def _calibrate_at_start() -> None:
         original(self, vllm_config, *args, **kwargs)
         options = options_in(vllm_config.additional_config)
         is_open = isinstance(options, dict) and (
-            options.get("to_choose") or options.get("measured_on")
+            options.get("to_choose") or options.get("measured_on") or options.get("stand_in")
         )
         if is_open:
             from orthorank_vllm.calibrate.startup import choose_layers

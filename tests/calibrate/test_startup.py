@@ -265,7 +265,9 @@ def test_a_fine_tune_does_not_take_what_its_base_has_measured(
     cache = caches["shared"]
     [of_base] = profiles_in(cache)
     by_hand = "by hand", str(cache), "", 0.0, {"ratio": 0.1, "profile": str(of_base)}
-    started = Started(start(tuned_path, cache, ratio=0.1, later_starts=[by_hand]))
+    beside = str(of_base.with_suffix(".safetensors"))
+    stand_ins = "its base's stand-ins", str(cache), "", 0.0, {"ratio": 0.1, "stand_in": beside}
+    started = Started(start(tuned_path, cache, ratio=0.1, later_starts=[by_hand, stand_ins]))
     [of_tuned] = set(profiles_in(cache)) - {of_base}
     told = started.of[""]
     assert told["source"] == f"calibration at start-up, kept in {of_tuned}"
@@ -279,6 +281,11 @@ def test_a_fine_tune_does_not_take_what_its_base_has_measured(
     assert told["source"] == "profile SmolLM2-first-6-layers"
     assert told["layers"] == layers_of(shared, 1)
     assert started.line("by hand", OTHERS_PROFILE)
+
+    told = started.of["its base's stand-ins"]
+    assert told["measured_on"] == read_profile(of_tuned).weights
+    line = started.line("its base's stand-ins", OTHERS_PROFILE)
+    assert f"file of stand-ins {of_base.stem}.safetensors" in line
 
 
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
