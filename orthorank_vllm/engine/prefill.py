@@ -93,15 +93,16 @@ class SparsePrefill:
         """
         self.config = config
         keeps = {layer: keep for layer, keep in config.layers if layer in self._decoder.layers}
-        scored = sorted(layer for layer, keep in keeps.items() if keep)
         if not config.stand_in:
             stand_ins = {}
         elif stand_ins is None:
             stand_ins = self._stand_ins_of(keeps)
+        by_error = {layer for layer, found in stand_ins.items() if found.knows_errors}
+        by_sink = sorted(layer for layer, keep in keeps.items() if keep and layer not in by_error)
         self._selective = {
             layer: SelectiveLayer(
                 keeps[layer] or 0.0,
-                scored.index(layer) if layer in scored else None,
+                by_sink.index(layer) if layer in by_sink else None,
                 self._split_of(layer),
                 stand_ins.get(layer),
             )
@@ -110,7 +111,7 @@ class SparsePrefill:
         self._fused = {}
         self.attend_by(config.attention)
         self._sinks = SinkTable(
-            num_layers=len(scored),
+            num_layers=len(by_sink),
             capacity=self._sink_capacity,
             hidden_size=self._hidden_size,
             dtype=self._dtype,
@@ -146,8 +147,7 @@ class SparsePrefill:
                 self.config.stand_in, f"this worker cannot use it ({error})"
             ) from None
         return {
-            layer: stand_in.to(self._device, self._dtype).fused()
-            for layer, stand_in in found.items()
+            layer: stand_in.fused(self._device, self._dtype) for layer, stand_in in found.items()
         }
 
     def attend_by(self, asked: str) -> None:

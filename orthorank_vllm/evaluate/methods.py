@@ -28,6 +28,17 @@ class Random(Method):
         )
 
 
+class Sink(Method):
+    """The rule as it is without stand-ins."""
+
+    name = "sink"
+    description = "scored against the sink, whatever is known of stand-ins' errors"
+
+    def score(self, entering: LayerInput) -> torch.Tensor:
+        """`|cos|` to the sink, [C]."""
+        return self.score_by_sink(entering)
+
+
 class Normed(Method):
     """The rule with another score."""
 
@@ -47,7 +58,7 @@ class Aligned(Method):
 
     def score(self, entering: LayerInput) -> torch.Tensor:
         """What each score lacks of the largest, [C]."""
-        scores = super().score(entering)
+        scores = self.score_by_sink(entering)
         return scores.max() - scores
 
 
@@ -59,7 +70,7 @@ class Forget(Method):
     hides_others = True
 
 
-METHODS = {method.name: method for method in (Method, Prune, Random, Normed, Aligned, Forget)}
+METHODS = {method.name: method for method in (Method, Prune, Random, Sink, Normed, Aligned, Forget)}
 
 
 def method_named(name: str, rule: Method) -> Method:

@@ -40,6 +40,9 @@ class TopK(Protocol):
     ) -> torch.Tensor:
         """Rows to update, ascending; see `SegmentedTopK.rows`."""
 
+    def rows_by_error(self, errors: torch.Tensor) -> torch.Tensor:
+        """Rows to update, ascending; see `SegmentedTopK.rows_by_error`."""
+
 
 @dataclass
 class SelectiveLayer:
@@ -47,7 +50,7 @@ class SelectiveLayer:
 
     Attributes:
         keep: fraction of the tokens that it updates; 0 has nothing to score.
-        sink_row: its index in the sink table; None at keep 0.
+        sink_row: its index in the sink table; None where no token is compared with the sink.
         split: its QKV weight cut in two, where that can be done.
         stand_in: what its skipped rows get in place of an update.
     """
@@ -103,8 +106,11 @@ class Step:
             sink_rows = self._renewed(layer, sinks, residual)
             if only is not None:
                 return only
-            if top_k is None or sink_rows is None:
+            if top_k is None:
                 return self.forced_rows
+            if layer.stand_in is not None and layer.stand_in.knows_errors:
+                return of_first_rank(top_k.rows_by_error(layer.stand_in.errors(normed)))
+            assert sink_rows is not None
             return of_first_rank(top_k.rows(residual, sink_rows, self.sink_slots))
 
         return choose
@@ -260,7 +266,7 @@ def _start_step(
     plan: Plan,
     device: torch.device,
 ) -> Step:
-    found = _look_up(sinks, plan) if plan.scored_keeps else _NO_SINKS
+    found = _look_up(sinks, plan) if plan.scored_keeps and len(sinks.rows) else _NO_SINKS
     kind = _top_k_for(plan, device)
     top_k = kind.arrays_of(plan) if plan.scored_keeps else ()
     sampled = _NOTHING if plan.sampled_rows is None else plan.sampled_rows

@@ -14,7 +14,7 @@ from orthorank_vllm.files import write_whole
 
 # In a file, whatever the model's: half of float32's size, and finer than bfloat16.
 STORED_DTYPE = torch.float16
-PARTS = ("down", "up", "offset")
+PARTS = ("down", "up", "offset", "error_direction")
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,19 @@ class StandIn:
         down: [hidden, rank].
         up: [rank, hidden].
         offset: [hidden].
+        error_direction: [hidden], `normed @ error_direction` is the larger the more a token's
+            update is missed by; None where that is not known.
     """
 
     down: torch.Tensor
     up: torch.Tensor
     offset: torch.Tensor
+    error_direction: torch.Tensor | None = None
+
+    @property
+    def parts(self) -> dict[str, torch.Tensor]:
+        """What there is of it, by name."""
+        return {part: found for part in PARTS if (found := getattr(self, part)) is not None}
 
     @property
     def rank(self) -> int:
@@ -38,16 +46,20 @@ class StandIn:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "StandIn":
         """A copy on a device, of a dtype."""
-        return StandIn(*(getattr(self, part).to(device, dtype) for part in PARTS))
+        return StandIn(**{name: part.to(device, dtype) for name, part in self.parts.items()})
 
-    def fused(self) -> "FusedStandIn":
-        """The map as it is added."""
-        one = torch.zeros(self.rank + 1, dtype=self.down.dtype, device=self.down.device)
+    def fused(self, device: torch.device, dtype: torch.dtype) -> "FusedStandIn":
+        """The map as it is added, on a device, of a dtype."""
+        down = torch.cat([self.down, torch.zeros_like(self.down[:, :1])], dim=1)
+        one = torch.zeros(self.rank + 1)
         one[-1] = 1
+        up = torch.cat([self.up, self.offset[None]])
+        direction = self.error_direction
         return FusedStandIn(
-            down=torch.cat([self.down, torch.zeros_like(self.down[:, :1])], dim=1),
-            one=one,
-            up=torch.cat([self.up, self.offset[None]]),
+            down=down.to(device, dtype),
+            one=one.to(device, dtype),
+            up=up.to(device, dtype),
+            error_direction=None if direction is None else direction.to(device, torch.float32),
         )
 
 
@@ -59,16 +71,28 @@ class FusedStandIn:
         down: [hidden, rank + 1], its last column 0.
         one: [rank + 1], 0 but for the last.
         up: [rank + 1, hidden].
+        error_direction: as `StandIn` has it, in float32.
     """
 
     down: torch.Tensor
     one: torch.Tensor
     up: torch.Tensor
+    error_direction: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
         """Columns of the narrow side, the offset's among them."""
         return self.down.shape[1]
+
+    @property
+    def knows_errors(self) -> bool:
+        """Whether it is known which updates it misses most."""
+        return self.error_direction is not None
+
+    def errors(self, normed: torch.Tensor) -> torch.Tensor:
+        """By how much each row's update is expected to be missed: [tokens] float32, a logarithm."""
+        assert self.error_direction is not None
+        return normed.float().mv(self.error_direction)
 
     def add_to(self, residual: torch.Tensor, normed: torch.Tensor) -> None:
         """Add the map to every row of the residual stream, in place.
@@ -95,9 +119,9 @@ def write_stand_ins(
     from safetensors.torch import save
 
     tensors = {
-        f"{layer}.{part}": getattr(stand_in, part).to("cpu", STORED_DTYPE).contiguous()
+        f"{layer}.{name}": part.to("cpu", STORED_DTYPE).contiguous()
         for layer, stand_in in stand_ins.items()
-        for part in PARTS
+        for name, part in stand_in.parts.items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, save(tensors, dict(metadata)))
@@ -126,7 +150,13 @@ def read_stand_ins(path: str | Path, layers: Iterable[int]) -> dict[int, StandIn
     with safe_open(str(path), framework="pt") as file:
         names = set(file.keys())
         return {
-            layer: StandIn(*(file.get_tensor(f"{layer}.{part}") for part in PARTS))
+            layer: StandIn(
+                **{
+                    part: file.get_tensor(f"{layer}.{part}")
+                    for part in PARTS
+                    if f"{layer}.{part}" in names
+                }
+            )
             for layer in layers
             if f"{layer}.down" in names
         }

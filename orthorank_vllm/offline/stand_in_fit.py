@@ -5,8 +5,8 @@ other layers' stand-ins have changed was measured to be no better, and the maps 
 of one set of layers alone.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from orthorank_vllm.selection.method import Method
 RANK = 64
 # Of the mean variance of what is mapped; the one that is best on held-back text is taken.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+# For what says how large a token's error will be.
+ERROR_RIDGE = 1e-2
 
 
 @dataclass
@@ -89,6 +91,32 @@ def fit(moments: Moments, held_back: Moments, rank: int = RANK) -> StandIn:
     return StandIn(down, up, mean_y - mean_x @ down @ up)
 
 
+def with_error_direction(
+    stand_in: StandIn, moments: Moments, seen_and_added: Iterable[tuple[torch.Tensor, torch.Tensor]]
+) -> StandIn:
+    """The same map, with the direction along which the logarithm of its squared error grows.
+
+    By ridge regression on the tokens that the map was fitted on.
+
+    Args:
+        moments: of these tokens.
+        seen_and_added: x and y of some of them, and of the others, see `Moments`.
+    """
+    mean_x = moments.x / moments.count
+    of_x = moments.xx / moments.count - torch.outer(mean_x, mean_x)
+    with_errors, total = torch.zeros_like(moments.x), torch.zeros_like(moments.yy)
+    for seen, added in seen_and_added:
+        missed = added.float().clone()
+        stand_in.fused(seen.device, torch.float32).add_to(missed.neg_(), seen.float())
+        squared = missed.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        errors = squared.log()
+        with_errors += (errors @ seen.float()).double()
+        total += errors.sum(dtype=torch.float64)
+    along = (with_errors - mean_x * total) / moments.count
+    of_x.diagonal().add_(ERROR_RIDGE * of_x.diagonal().mean())
+    return replace(stand_in, error_direction=torch.linalg.solve(of_x, along))
+
+
 def fit_all(
     causal_lm: Any,
     texts: Sequence[Sequence[int]],
@@ -108,6 +136,8 @@ def fit_all(
     for index, layer in decoder.layers.items():
         moments = _through(fitting, index, layer.input_norm)
         stand_in = fit(moments, _through(checking, index, layer.input_norm))
+        seen_and_added = (walk.seen_and_added(layer.input_norm) for walk in fitting)
+        stand_in = with_error_direction(stand_in, moments, seen_and_added)
         stand_ins[index] = stand_in.to(torch.device("cpu"), STORED_DTYPE)
         on_layer()
     return stand_ins
@@ -115,11 +145,22 @@ def fit_all(
 
 @dataclass
 class _Walk:
-    """Texts of one forward on their way through the dense model."""
+    """Texts of one forward on their way through the dense model.
+
+    Attributes:
+        entering, residual: [T, hidden], before the last layer that they went through, and after.
+        rows: [rows] int64, all but the texts' first.
+    """
 
     forward: Forward
+    entering: torch.Tensor
     residual: torch.Tensor
     rows: torch.Tensor
+
+    def seen_and_added(self, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What that layer saw of the rows, by its norm, and what it added: [rows, hidden]."""
+        normed, _ = add_and_norm(norm, self.entering.clone(), None)
+        return normed[self.rows], (self.residual - self.entering)[self.rows]
 
 
 def _started(causal_lm: Any, texts: Sequence[Sequence[int]]) -> list[_Walk]:
@@ -127,7 +168,8 @@ def _started(causal_lm: Any, texts: Sequence[Sequence[int]]) -> list[_Walk]:
     for indices in packed(map(len, texts), TOKENS_PER_FORWARD):
         forward = Forward(causal_lm, [texts[index] for index in indices], Method())
         rows = forward.texts.positions.nonzero()[:, 0]
-        walks.append(_Walk(forward, forward.embed(), rows))
+        embedded = forward.embed()
+        walks.append(_Walk(forward, embedded, embedded, rows))
     return walks
 
 
@@ -135,9 +177,7 @@ def _through(walks: Sequence[_Walk], index: int, norm: Any) -> Moments:
     """Take the texts through a layer."""
     found = []
     for walk in walks:
-        before = walk.residual
-        normed, _ = add_and_norm(norm, before.clone(), None)
-        walk.residual = walk.forward.through(before.clone(), [index], {})
-        added = walk.residual[walk.rows] - before[walk.rows]
-        found.append(Moments.of(normed[walk.rows], added))
+        walk.entering = walk.residual
+        walk.residual = walk.forward.through(walk.entering.clone(), [index], {})
+        found.append(Moments.of(*walk.seen_and_added(norm)))
     return sum(found[1:], found[0])

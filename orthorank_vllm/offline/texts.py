@@ -105,18 +105,21 @@ class Forward:
                 positions,
                 residual,
                 update,
-                self._pick(keep),
+                self._pick(keep, stand_ins.get(index)),
                 stand_in=stand_ins.get(index),
             )
         return residual if update is None else residual.add_(update)
 
-    def _pick(self, keep: float) -> Pick:
+    def _pick(self, keep: float, stand_in: FusedStandIn | None) -> Pick:
         top_k = self._top_k.get(keep)
         if top_k is None:
             return lambda *_: self._forced_rows
 
         def choose(residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-            entering = LayerInput(residual, normed, self._sink_rows, top_k, self._generator)
+            errors = None
+            if stand_in is not None and stand_in.knows_errors:
+                errors = stand_in.errors(normed)
+            entering = LayerInput(residual, normed, self._sink_rows, top_k, self._generator, errors)
             return of_first_rank(select(self._method.score(entering), top_k))
 
         return choose

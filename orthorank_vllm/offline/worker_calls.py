@@ -131,8 +131,7 @@ def use_stand_ins(worker: Any, stand_ins: Mapping[int, StandIn]) -> None:
     """Put these in place of what chosen layers leave out, from now on."""
     weight = worker.get_model().model.norm.weight
     worker.orthorank_stand_ins = {
-        layer: stand_in.to(weight.device, weight.dtype).fused()
-        for layer, stand_in in stand_ins.items()
+        layer: stand_in.fused(weight.device, weight.dtype) for layer, stand_in in stand_ins.items()
     }
 
 

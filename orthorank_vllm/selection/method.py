@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from orthorank_vllm.options import DEFAULT_TAIL, DEFAULT_WINDOW
-from orthorank_vllm.selection.topk import SegmentedTopK, score
+from orthorank_vllm.selection.topk import SegmentedTopK, score, score_errors
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,8 @@ class LayerInput:
         residual, normed: [tokens, hidden], the residual stream and the layer's norm of it.
         first_rows: [R] int64, where position 0 is of each text that has candidates.
         generator: of one forward; for methods that draw.
+        errors: [tokens] float32, by how much a stand-in is expected to miss each token's update,
+            a logarithm; None where that is not known.
     """
 
     residual: torch.Tensor
@@ -24,6 +26,7 @@ class LayerInput:
     first_rows: torch.Tensor
     top_k: SegmentedTopK
     generator: torch.Generator
+    errors: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,5 +51,11 @@ class Method:
 
     def score(self, entering: LayerInput) -> torch.Tensor:
         """Score every candidate, [C] float32, not negative; lower is more important."""
+        if entering.errors is not None:
+            return score_errors(entering.errors, entering.top_k.candidates)
+        return self.score_by_sink(entering)
+
+    def score_by_sink(self, entering: LayerInput) -> torch.Tensor:
+        """As it is done where no stand-in's errors are known."""
         sinks = entering.residual[entering.first_rows]
         return score(entering.residual, sinks, entering.top_k)

@@ -12,6 +12,9 @@ import torch
 
 from orthorank_vllm.selection.plan import Ints, Plan
 
+# Its exponential is a normal float32, and so is that of its negative.
+MOST_LOG = 80.0
+
 
 @dataclass(frozen=True)
 class SegmentedTopK:
@@ -68,6 +71,14 @@ class SegmentedTopK:
         """
         return select(score(residual, sink_rows.index_select(0, slots), self), self)
 
+    def rows_by_error(self, errors: torch.Tensor) -> torch.Tensor:
+        """Rows to update, ascending: those of which most would be missed.
+
+        Args:
+            errors: see `score_errors`.
+        """
+        return select(score_errors(errors, self.candidates), self)
+
 
 def score(residual: torch.Tensor, sinks: torch.Tensor, top_k: SegmentedTopK) -> torch.Tensor:
     """`|cos|` of each candidate to its request's sink, times that sink's length (rules 1 and 2).
@@ -89,6 +100,19 @@ def score(residual: torch.Tensor, sinks: torch.Tensor, top_k: SegmentedTopK) -> 
     )
     products.div_(torch.linalg.vector_norm(residual, dim=-1, keepdim=True))
     return products.flatten().index_select(0, top_k.pair).abs_()
+
+
+def score_errors(errors: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """The score of tokens that are chosen by what would be missed of them, without a sink.
+
+    Args:
+        errors: [tokens] float32, logarithms.
+        candidates: [C] int64.
+
+    Returns:
+        [C] float32, not negative; lower is more important.
+    """
+    return errors.index_select(0, candidates).clamp_(-MOST_LOG, MOST_LOG).neg_().exp_()
 
 
 def select(scores: torch.Tensor, top_k: SegmentedTopK) -> torch.Tensor:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from orthorank_vllm.selection.plan import Ints, Plan
+from orthorank_vllm.selection.topk import score_errors
 
 # Every token of a segment is compared with every other, at once.
 LARGEST_WINDOW = 256
@@ -97,6 +98,17 @@ class SegmentedTopKTriton:
             ROWS=SCORE_ROWS,
             COLUMNS=SCORE_COLUMNS,
         )
+        return self._select(scores)
+
+    def rows_by_error(self, errors: torch.Tensor) -> torch.Tensor:
+        """Rows to update, ascending: those of which most would be missed.
+
+        Args:
+            errors: see `topk.score_errors`.
+        """
+        return self._select(score_errors(errors, self.candidates))
+
+    def _select(self, scores: torch.Tensor) -> torch.Tensor:
         rows = self.forced_rows.clone()
         _select[(len(self.segments) // 4,)](
             rows, scores, self.candidates, self.segments, SIZE=triton.next_power_of_2(self.window)

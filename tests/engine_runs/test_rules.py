@@ -40,6 +40,8 @@ RULES = {
     "nearly all kept": Rule({1: 0.9, 3: 0.9, 4: 0.0}, window=16, tail=3),
 }
 RULES["mixed, stand-ins"] = with_stand_ins(MIXED, HIDDEN)
+RULES["mixed, by stand-ins' errors"] = with_stand_ins(MIXED, HIDDEN, knows_errors=(1, 3))
+RULES["mixed, by one stand-in's errors"] = with_stand_ins(MIXED, HIDDEN, knows_errors=(3,))
 RULES["nothing kept, stand-ins"] = with_stand_ins(RULES["nothing kept"], HIDDEN)
 RULES["nearly all kept, stand-ins"] = with_stand_ins(RULES["nearly all kept"], HIDDEN)
 # 1,024 tokens of KV cache: enough for every test, few enough to force preemption.

@@ -23,7 +23,8 @@ RULES = {
     "nothing kept": Rule({4: 0.0, 2: 0.0, 5: 0.0}, window=128, tail=64),
     "the paper's": Rule(dict.fromkeys((1, 3, 4), 1 / 3), window=0, tail=1),
 }
-RULES["mixed, stand-ins"] = with_stand_ins(RULES["mixed"], hidden_size=576)
+RULES["mixed, stand-ins"] = with_stand_ins(RULES["mixed"], 576)
+RULES["mixed, by stand-ins' errors"] = with_stand_ins(RULES["mixed"], 576, knows_errors=(1, 4))
 # Of a prompt and its answer; the last prompt is not longer than the longest tail.
 LENGTHS = ((230, 20), (150, 12), (97, 9), (40, 6))
 

@@ -1,5 +1,6 @@
 """The map itself, and the file that it is kept in."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from safetensors import SafetensorError
 
 from orthorank_vllm.model.stand_in import (
+    PARTS,
+    FusedStandIn,
     StandIn,
     read_metadata,
     read_stand_ins,
@@ -20,17 +23,22 @@ HIDDEN, RANK = 12, 3
 def stand_in() -> StandIn:
     numbers = torch.Generator().manual_seed(0)
     down, up = (torch.randn(shape, generator=numbers) for shape in ((HIDDEN, RANK), (RANK, HIDDEN)))
-    return StandIn(down, up, torch.randn(HIDDEN, generator=numbers))
+    offset, direction = torch.randn((2, HIDDEN), generator=numbers)
+    return StandIn(down, up, offset, direction)
+
+
+def fused(stand_in: StandIn) -> FusedStandIn:
+    return stand_in.fused(torch.device("cpu"), torch.float32)
 
 
 def test_two_products_add_the_map_and_its_offset_in_place(stand_in: StandIn) -> None:
     residual, normed = torch.randn(5, HIDDEN), torch.randn(5, HIDDEN)
     expected = residual + normed @ stand_in.down @ stand_in.up + stand_in.offset
     place = residual.data_ptr()
-    stand_in.fused().add_to(residual, normed)
+    fused(stand_in).add_to(residual, normed)
     torch.testing.assert_close(residual, expected)
     assert residual.data_ptr() == place
-    assert stand_in.fused().rank == RANK + 1
+    assert fused(stand_in).rank == RANK + 1
 
 
 def test_what_is_written_is_read_for_the_layers_that_have_it(
@@ -40,9 +48,30 @@ def test_what_is_written_is_read_for_the_layers_that_have_it(
     write_stand_ins(path, {7: stand_in, 2: stand_in}, {"model": "a"})
     found = read_stand_ins(path, [2, 3])
     assert list(found) == [2]
-    for part in ("down", "up", "offset"):
+    for part in PARTS:
         assert torch.equal(getattr(found[2], part), getattr(stand_in, part).half())
     assert read_metadata(path) == {"model": "a"}
+
+
+def test_a_file_of_maps_whose_errors_are_not_known_is_read_too(
+    tmp_path: Path, stand_in: StandIn
+) -> None:
+    path = tmp_path / "s.safetensors"
+    write_stand_ins(path, {7: replace(stand_in, error_direction=None)}, {})
+    [found] = read_stand_ins(path, [7]).values()
+    assert found.error_direction is None
+    assert not fused(found).knows_errors
+
+
+def test_a_tokens_error_is_told_by_one_product_in_float32_whatever_the_models_dtype(
+    stand_in: StandIn,
+) -> None:
+    """Break seen: in bfloat16 many tokens of a window are told the same."""
+    normed = torch.randn(500, HIDDEN).bfloat16()
+    errors = stand_in.fused(torch.device("cpu"), torch.bfloat16).errors(normed)
+    assert stand_in.error_direction is not None
+    torch.testing.assert_close(errors, normed.float() @ stand_in.error_direction)
+    assert len(errors.unique()) > 490
 
 
 def test_a_file_cut_short_is_refused(tmp_path: Path, stand_in: StandIn) -> None:

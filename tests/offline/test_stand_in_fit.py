@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from orthorank_vllm.model.stand_in import StandIn
-from orthorank_vllm.offline.stand_in_fit import Moments, fit
+from orthorank_vllm.offline.stand_in_fit import Moments, fit, with_error_direction
 
 HIDDEN, RANK = 16, 4
 
@@ -71,3 +71,19 @@ def test_few_noisy_texts_are_fitted_with_a_stronger_ridge() -> None:
         return check.error(stand_in.down @ stand_in.up, stand_in.offset)
 
     assert error(by_check) < 0.8 * error(by_itself)
+
+
+def test_the_direction_along_which_a_tokens_error_grows_is_found() -> None:
+    """Breaks seen: not centred; the map added to what it is to be taken from."""
+    numbers = torch.Generator().manual_seed(5)
+    true = torch.randn(HIDDEN, generator=numbers) * 0.5
+    states, added = drawn(4000, 1)
+    noise = torch.randn(states.shape, generator=numbers)
+    added = added + 3 * noise * (states @ true / 2).exp()[:, None]
+    moments = Moments.of(states, added)
+    stand_in = fit(moments, moments, rank=RANK)
+    halves = zip(states.split(2000), added.split(2000), strict=True)
+    found = with_error_direction(stand_in, moments, halves).error_direction
+    assert found is not None
+    assert torch.cosine_similarity(found.float(), true, dim=0) > 0.98
+    assert float(found.norm()) == pytest.approx(float(true.norm()), rel=0.2)

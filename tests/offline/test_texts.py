@@ -65,7 +65,9 @@ FIRST_SCORED = (1, 30, 9, 100, 190, 2)
 class MostAligned(Request):
     """The opposite rule: in each window the tokens nearest to the sink's direction."""
 
-    def _select(self, index: int, hidden: torch.Tensor, start: int, end: int) -> list[int]:
+    def _select(
+        self, index: int, hidden: torch.Tensor, normed: torch.Tensor, start: int, end: int
+    ) -> list[int]:
         lengths = hidden.norm(dim=-1)
         cosines = (hidden @ hidden[0] / (lengths * lengths[0])).abs()
         selected = {0, *range(max(end - 16, 0), end)}

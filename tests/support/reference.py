@@ -15,7 +15,7 @@ key-value heads, D = head size.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,9 +33,8 @@ class Rule:
     window: int = 128  # 0: the whole prompt is one window
     tail: int = 64  # last tokens of the prompt that are always updated
     # By layer: for tokens that are not updated x, normalised, gives x @ first @ second + third.
-    stand_ins: Mapping[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(
-        default_factory=dict
-    )
+    # Where there is a fourth, the largest x @ fourth are updated, whatever their sink.
+    stand_ins: Mapping[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     cache_dtype: torch.dtype | None = None  # of K and V, 8 bits; None: as computed
 
     @classmethod
@@ -50,8 +49,13 @@ class Rule:
         return {"layers": pairs, "window": self.window, "tail": self.tail}
 
 
-def with_stand_ins(rule: Rule, hidden_size: int, rank: int = 8) -> Rule:
-    """The rule with maps of random numbers, which change every state by about a third."""
+def with_stand_ins(
+    rule: Rule, hidden_size: int, rank: int = 8, knows_errors: Collection[int] = ()
+) -> Rule:
+    """The rule with maps of random numbers, which change every state by about a third.
+
+    `knows_errors`: layers whose tokens are chosen by a stand-in's expected error.
+    """
     numbers = torch.Generator().manual_seed(3)
 
     def drawn(*shape: int, scale: float) -> torch.Tensor:
@@ -62,6 +66,7 @@ def with_stand_ins(rule: Rule, hidden_size: int, rank: int = 8) -> Rule:
             drawn(hidden_size, rank, scale=hidden_size**-0.5),
             drawn(rank, hidden_size, scale=0.3 * rank**-0.5),
             drawn(hidden_size, scale=0.1),
+            *([drawn(hidden_size, scale=hidden_size**-0.5)] if layer in knows_errors else ()),
         )
         for layer in rule.layers
     }
@@ -239,14 +244,14 @@ class Request:
 
             updated = list(range(start, end))
             if index in self.reference.rule.layers:
-                updated = self._select(index, hidden, start, end)
+                updated = self._select(index, hidden, normed, start, end)
                 self.selected[index, start] = updated
             of_prompt = sum(position < self.prompt_len for position in updated)
             self.updates += of_prompt
             self.skipped += len(range(start, min(end, self.prompt_len))) - of_prompt
             before = hidden.clone()
             if index in self.reference.rule.stand_ins and index in self.reference.rule.layers:
-                first, second, offset = self.reference.rule.stand_ins[index]
+                first, second, offset, *_ = self.reference.rule.stand_ins[index]
                 hidden = hidden + normed @ first @ second + offset
             if updated:
                 rows = torch.tensor(updated, device=hidden.device) - start
@@ -278,7 +283,9 @@ class Request:
         self._cache = [(keys[:, :cached], values[:, :cached]) for keys, values in self._cache]
         self.computed = cached
 
-    def _select(self, index: int, hidden: torch.Tensor, start: int, end: int) -> list[int]:
+    def _select(
+        self, index: int, hidden: torch.Tensor, normed: torch.Tensor, start: int, end: int
+    ) -> list[int]:
         """The positions of [start, end) that selective layer `index` updates, ascending."""
         rule = self.reference.rule
         keep = rule.layers[index]
@@ -292,14 +299,21 @@ class Request:
         if not parts or keep == 0:
             return selected
 
-        if start > 0 and not self._sinks:
-            self._sinks = self.reference.sink(self.tokens[0])
-        sink = hidden[0] if start == 0 else self._sinks[index]
-        cosines = F.cosine_similarity(hidden, sink[None], dim=-1).abs().tolist()
+        if len(rule.stand_ins.get(index, ())) == 4:
+            scores = (-normed @ rule.stand_ins[index][3]).tolist()
+        else:
+            scores = self._cosines(index, hidden, start)
         for part in parts.values():
             count = math.ceil(keep * len(part) - 1e-9)
-            ranked = sorted((cosines[position - start], position) for position in part)
+            ranked = sorted((scores[position - start], position) for position in part)
             selected.extend(position for _, position in ranked[:count])
             if 0 < count < len(ranked):
                 self.margin = min(self.margin, ranked[count][0] - ranked[count - 1][0])
         return sorted(selected)
+
+    def _cosines(self, index: int, hidden: torch.Tensor, start: int) -> list[float]:
+        if start > 0 and not self._sinks:
+            self._sinks = self.reference.sink(self.tokens[0])
+        sink = hidden[0] if start == 0 else self._sinks[index]
+        cosines: list[float] = F.cosine_similarity(hidden, sink[None], dim=-1).abs().tolist()
+        return cosines

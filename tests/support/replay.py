@@ -63,7 +63,10 @@ class Run:
 
 def fused(rule: Rule) -> dict[int, FusedStandIn]:
     """A rule's stand-ins as the package takes them."""
-    return {layer: StandIn(*parts).fused() for layer, parts in rule.stand_ins.items()}
+    return {
+        layer: StandIn(*parts).fused(torch.device("cpu"), parts[0].dtype)
+        for layer, parts in rule.stand_ins.items()
+    }
 
 
 class Engine:

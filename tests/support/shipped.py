@@ -36,13 +36,14 @@ class Shipped:
         raise AssertionError(f"the shipped profile does not reach {ratio}")
 
     @property
-    def stand_ins(self) -> dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def stand_ins(self) -> dict[int, tuple[torch.Tensor, ...]]:
         """Of the selective layers, as `reference.Rule` has them."""
         tensors = {
             name: part.float() for name, part in load_file(str(PROFILE.stand_in_path)).items()
         }
+        parts = ("down", "up", "offset", "error_direction")
         return {
-            layer: (tensors[f"{layer}.down"], tensors[f"{layer}.up"], tensors[f"{layer}.offset"])
+            layer: tuple(tensors[name] for part in parts if (name := f"{layer}.{part}") in tensors)
             for layer in self.keeps
         }
 
