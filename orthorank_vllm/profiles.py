@@ -95,8 +95,8 @@ class Profile:
         alone: of each layer, what it costs by itself with keep 0, in nats per token by kind of
             text; on few samples.
         stand_in: what stood in for what its layers left out: the "rank" of the maps, their
-            "share" of a layer's work and what they were "fitted_on"; "sha256" of their file, once
-            it is written. None: nothing did.
+            "share" of a layer's work, what they were "fitted_on" and what tokens are "chosen_by"
+            beside them; "sha256" of their file, once it is written. None: nothing did.
         path: the file that it was read from.
         data: of the texts, by what they were for, "name", "sha256" and the samples of each kind.
     """

@@ -306,6 +306,7 @@ def _stand_in_of(model_config: Any, texts: Mapping[str, Sequence[Sequence[int]]]
     return {
         "rank": rank,
         "share": round(shapes.stand_in(rank + 1) / shapes.update(0), 4),
+        "chosen_by": "error",
         "fitted_on": {kind: sum(map(len, of_kind)) for kind, of_kind in texts.items()},
     }
 
