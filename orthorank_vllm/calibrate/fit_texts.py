@@ -1,4 +1,4 @@
-"""What stand-ins are fitted on: prose, code, chat and lists.
+"""What stand-ins are fitted on: prose of many kinds, code, chat and lists.
 
 Fitted on prose alone they lose what is to be found in a list; with some lists among the texts, in
 other forms than those that are measured, they keep it (docs/results.md).
@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from orthorank_vllm.calibrate.kinds import make_samples, words_of
-from orthorank_vllm.calibrate.text import Text, code_text
+from orthorank_vllm.calibrate.text import Text, code_text, varied_prose
 
 # How many texts of each, and tokens of each text.
-COUNTS = {"prose": 12, "code": 4, "chat": 4, "lists": 10}
+COUNTS = {"prose": 12, "varied": 7, "code": 4, "chat": 4, "lists": 10}
 LENGTH = 704
 ANSWER = 64
 ITEMS = 12
@@ -30,7 +30,12 @@ def make_fit_texts(text: Text, tokenizer: Any) -> dict[str, list[tuple[int, ...]
     Raises:
         OptionError: see `make_samples`.
     """
-    sources = {"prose": ("prose", text), "code": ("prose", code_text()), "chat": ("chat", text)}
+    sources = {
+        "prose": ("prose", text),
+        "varied": ("prose", varied_prose()),
+        "code": ("prose", code_text()),
+        "chat": ("chat", varied_prose()),
+    }
     found = {
         name: [
             sample.tokens

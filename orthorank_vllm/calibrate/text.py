@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ HELD_BACK_FILES = (
     "urllib/request.py",
 )
 # Others, to fit on.
+VARIED = "texts of many kinds, short"
 CODE = "more of Python's standard library"
 CODE_FILES = (
     "asyncio/base_events.py",
@@ -77,6 +79,12 @@ def held_back_text() -> Text:
     It is of another kind than the built-in text, so what was fitted on that has not seen it.
     """
     return _of_library(HELD_BACK, HELD_BACK_FILES, "--held-back")
+
+
+def varied_prose() -> Text:
+    """Thirteen short texts, written for this: of the kinds that an English reader meets."""
+    content = (resources.files("orthorank_vllm") / "calibrate" / "prose.txt").read_text("utf-8")
+    return Text(VARIED, content, hashlib.sha256(content.encode()).hexdigest())
 
 
 def code_text() -> Text:
