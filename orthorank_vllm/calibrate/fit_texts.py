@@ -13,7 +13,7 @@ from orthorank_vllm.calibrate.kinds import make_samples, words_of
 from orthorank_vllm.calibrate.text import Text, code_text, varied_prose
 
 # How many texts of each, and tokens of each text.
-COUNTS = {"prose": 12, "varied": 7, "code": 4, "chat": 4, "lists": 10}
+COUNTS = {"prose": 6, "varied": 20, "code": 4, "chat": 4, "lists": 10}
 LENGTH = 704
 ANSWER = 64
 ITEMS = 12

@@ -18,7 +18,7 @@ from orthorank_vllm.offline.served import TOKENS_PER_FORWARD
 from orthorank_vllm.offline.texts import Forward, packed
 from orthorank_vllm.selection.method import Method
 
-RANK = 64
+RANK = 96
 # Of the mean variance of what is mapped; the one that is best on held-back text is taken.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 # For what says how large a token's error will be.
