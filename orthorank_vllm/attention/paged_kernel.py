@@ -167,8 +167,9 @@ def _shared_memory(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", SMALL_SHARED_MEMORY))
 
 
-# Triton types a kernel's arguments itself, all that are not constexpr.
-@triton.jit
+# Triton types a kernel's arguments itself, all that are not constexpr. What may differ from step to
+# step is not told apart: it would compile anew, in mid-service.
+@triton.jit(do_not_specialize=["table_row"])
 def _attend(  # type: ignore[no-untyped-def]
     output_ptr,
     query_ptr,

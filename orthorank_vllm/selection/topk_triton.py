@@ -104,7 +104,8 @@ class SegmentedTopKTriton:
         return rows
 
 
-@triton.jit
+# What differs from step to step is not told apart: Triton would compile anew, in mid-service.
+@triton.jit(do_not_specialize=["candidates"])
 def _score(  # type: ignore[no-untyped-def]
     score_ptr,
     residual_ptr,
