@@ -5,6 +5,7 @@ query's position is read, and everything else follows from it: which keys are vi
 loop over them begins and ends. Knows nothing of vLLM.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -160,6 +161,8 @@ def loop_of(rows: int, row_bytes: int, shared_memory: int) -> tuple[int, int]:
     return keys, stages
 
 
+# The driver is asked once, not by each layer of each step.
+@functools.cache
 def _shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return SMALL_SHARED_MEMORY

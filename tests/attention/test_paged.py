@@ -86,24 +86,13 @@ def batch(context: int) -> Batch:
     return Batch(one * (context - 100), one * 100, one * context, one)
 
 
-def test_long_contexts_take_the_kernel_and_short_ones_vllms_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(TritonAttention, "has_run", True)
+def test_long_contexts_take_the_kernel_and_short_ones_vllms_own() -> None:
     way = choose_backend("auto", [layer(), layer(kv_cache_dtype="fp8")], "cuda")
     rows = np.array([34])
     assert isinstance(way.plan(batch(TRITON_FROM_CONTEXT), rows), TritonAttention)
     assert isinstance(way.plan(batch(TRITON_FROM_CONTEXT - 1), rows), GatherAttention)
     assert isinstance(way.plan(batch(TRITON_FROM_CONTEXT), None), StockAttention)
     assert way.description == "triton from 4096 tokens of context, gather below"
-
-
-def test_the_first_forward_compiles_the_kernel_however_short_it_is(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(TritonAttention, "has_run", False)
-    way = choose_backend("auto", [layer()], "cuda")
-    assert isinstance(way.plan(batch(200), np.array([34])), TritonAttention)
 
 
 @pytest.mark.parametrize(

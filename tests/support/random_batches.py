@@ -14,4 +14,4 @@ def random_batch(random: np.random.Generator, longest: int = 200) -> Batch:
     requests = int(random.integers(1, 6))
     prompt, query = random.integers(1, longest, (2, requests))
     computed = np.where(random.random(requests) < 0.5, 0, random.integers(0, longest, requests))
-    return Batch(*(array.astype(np.int64) for array in (computed, query, prompt, prompt)))
+    return Batch(computed.astype(np.int64), query.astype(np.int64), prompt.astype(np.int64), prompt)
