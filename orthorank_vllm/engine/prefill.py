@@ -22,7 +22,7 @@ from orthorank_vllm.model.sinks import SinkTable
 from orthorank_vllm.model.stand_in import FusedStandIn, read_stand_ins
 from orthorank_vllm.model.tensor_parallel import is_first_rank
 from orthorank_vllm.options import STAND_IN, OptionError
-from orthorank_vllm.selection.plan import Batch, Plan, make_plan, profile_run_batch
+from orthorank_vllm.selection.plan import Batch, Plan, make_plan, profile_run_batches
 
 # vLLM shows the log lines of its own namespace only.
 logger = logging.getLogger("vllm.orthorank")
@@ -238,7 +238,7 @@ class SparsePrefill:
         return self._needs_profile_run
 
     def profile_run(self, input_ids: torch.Tensor | None, positions: torch.Tensor) -> None:
-        """Run the sparse forward once on dummy tokens, so that its memory is measured too.
+        """Run the sparse forward on dummy tokens, so that the most that it takes is measured too.
 
         Without requests there is no KV cache and no attention; nothing is counted or remembered.
 
@@ -254,13 +254,14 @@ class SparsePrefill:
             )
         self._needs_profile_run = False
         config = self.config
-        plan = self.plan(
-            profile_run_batch(len(positions), self._max_num_seqs, config.keeps, config.tail)
-        )
-        if plan is not None:
-            self.forward(plan, input_ids, positions, None)
-            self._outcome = None
-            self._sinks.clear()
+        for batch in profile_run_batches(
+            len(positions), self._max_num_seqs, config.keeps, config.tail
+        ):
+            plan = self.plan(batch)
+            if plan is not None:
+                self.forward(plan, input_ids, positions, None)
+                self._outcome = None
+                self._sinks.clear()
 
     def warm_up(self) -> None:
         """Have the attention's kernels compiled, once there is a KV cache.

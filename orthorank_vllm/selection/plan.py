@@ -238,20 +238,27 @@ def _begins(values: Ints) -> Bools:
     return found
 
 
-def profile_run_batch(
+def profile_run_batches(
     num_tokens: int, most_requests: int, keeps: Iterable[float], tail: int
-) -> Batch:
-    """The batch of so many tokens that needs most memory: as many prompts as there can be.
+) -> tuple[Batch, Batch]:
+    """Two batches of so many tokens, one of which any other needs no more memory than.
 
-    Each of them rounds up what it selects, has a tail, is scored against a sink of its own, and
-    is long enough that something of it is skipped at each keep.
+    As many prompts as there can be: each is scored against a sink of its own, rounds up what it
+    selects, has a tail, and is long enough that something of it is skipped at each keep. And as
+    many selected rows as there can be: an answer that is computed again, after a preemption.
     """
     skipping = int(1 / (1 - max(keeps, default=0.0))) + 1
     least = tail + 1 + skipping
     requests = min(most_requests, max(num_tokens // least, 1))
     length = np.full(requests, num_tokens // requests, dtype=np.int64)
     length[-1] += num_tokens % requests
-    nothing = np.zeros_like(length)
     # Fewer tokens than that are a chunk of a longer prompt.
     prompt_len = np.where(length < least, length + tail, length)
-    return Batch(nothing, length, prompt_len, first_token=nothing, wants_all_rows=True)
+    one = np.full(1, num_tokens, dtype=np.int64)
+    short_prompt = np.full(1, least if least < num_tokens else num_tokens + tail, dtype=np.int64)
+    return _whole(length, prompt_len), _whole(one, short_prompt)
+
+
+def _whole(query_len: Ints, prompt_len: Ints) -> Batch:
+    nothing = np.zeros_like(query_len)
+    return Batch(nothing, query_len, prompt_len, first_token=nothing, wants_all_rows=True)

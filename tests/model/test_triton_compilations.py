@@ -13,7 +13,7 @@ import torch
 from orthorank_vllm.attention import paged_kernel
 from orthorank_vllm.attention.backend import choose_backend
 from orthorank_vllm.engine.models import OrthoRankForCausalLM
-from orthorank_vllm.selection.plan import profile_run_batch
+from orthorank_vllm.selection.plan import profile_run_batches
 from tests.support.random_batches import random_batch
 from tests.support.triton_steps import (
     KEEPS,
@@ -92,7 +92,8 @@ def test_nothing_is_compiled_while_there_is_no_kv_cache() -> None:
 def test_the_profile_run_compiles_all_that_steps_need_of_the_selection() -> None:
     random, sinks = random_generator(), sink_table()
     with watched() as compiled:
-        assert run_step(profile_run_batch(2048, 16, KEEPS, TAIL), [], sinks)
+        for batch in profile_run_batches(2048, 16, KEEPS, TAIL):
+            assert run_step(batch, [], sinks)
         before = {name: set(found.keys) for name, found in compiled.items()}
         for _ in range(20):
             run_step(random_batch(random), [], sinks)

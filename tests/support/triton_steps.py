@@ -15,7 +15,7 @@ import torch
 from orthorank_vllm.attention import paged, paged_kernel
 from orthorank_vllm.attention.backend import AttentionBackend, AttentionPlan
 from orthorank_vllm.attention.stock import StockAttention
-from orthorank_vllm.model import forward
+from orthorank_vllm.model import forward, lost_sinks
 from orthorank_vllm.model.sinks import SinkTable
 from orthorank_vllm.selection import topk_triton
 from orthorank_vllm.selection.plan import Batch, Ints, make_plan
@@ -92,7 +92,7 @@ def run_step(batch: Batch, layers: Sequence[Any], sinks: SinkTable) -> bool:
     if plan is None:
         return False
     decoder: Any = SimpleNamespace(layers={})
-    with mock.patch.object(forward, "sink_states", _lost_states):
+    with mock.patch.object(lost_sinks, "sink_states", _lost_states):
         way = AttentionBackend("triton", plan_attention)
         step = forward._start_step(decoder, {}, sinks, way, plan, CPU)
     residual = torch.zeros(plan.num_tokens, HIDDEN)
