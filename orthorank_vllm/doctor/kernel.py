@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from orthorank_vllm.attention.paged_kernel import PagedCache, attend, make_tiles, queries_per_tile
+from orthorank_vllm.attention.paged_kernel import PagedCache, attend
+from orthorank_vllm.attention.tiles import make_tiles, queries_per_tile
 from orthorank_vllm.doctor.check import Check, failed, ok
 
 WHAT = "attention kernel"
@@ -50,11 +51,12 @@ def largest_difference(device: str, dtype: torch.dtype) -> float:
         np.array([CONTEXT]),
         np.array([QUERY_LEN]),
         queries_per_tile(HEADS // KV_HEADS),
+        torch.device(device),
     )
     output = attend(
         query.to(device),
         positions.to(device),
-        torch.from_numpy(tiles).to(device),
+        tiles,
         PagedCache(key_pages, value_pages, table),
         HEAD_SIZE**-0.5,
         0,

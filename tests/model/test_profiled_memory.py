@@ -2,13 +2,17 @@
 
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import silu
 
+from orthorank_vllm.attention import paged
 from orthorank_vllm.attention.backend import AttentionBackend
+from orthorank_vllm.attention.paged_merge import partials
+from orthorank_vllm.attention.tiles import MOST_PARTIALS
 from orthorank_vllm.model import forward
 from orthorank_vllm.model.decoder import DecoderLayer
 from orthorank_vllm.model.forward import SelectiveLayer, sparse_forward
@@ -16,6 +20,7 @@ from orthorank_vllm.model.sinks import SinkTable
 from orthorank_vllm.model.stand_in import FusedStandIn, StandIn
 from orthorank_vllm.selection.plan import Batch, make_plan, profile_run_batches
 from tests.support.peak_memory import peak_of
+from tests.support.triton_steps import layer as triton_layer
 
 # Few tokens for many requests: what is kept for each request, and each lost sink, shows.
 TOKENS, REQUESTS, HIDDEN, LAYERS, RANK, WINDOW = 512, 256, 64, 40, 8, 128
@@ -169,3 +174,20 @@ def test_the_sink_table_is_a_part_of_what_the_profile_run_takes() -> None:
         for _ in range(2)
     )
     assert first[0] - again[0] == model.sinks.rows.nbytes
+
+
+def test_the_profile_run_takes_what_attention_to_keys_in_parts_does() -> None:
+    """There is no cache yet, and nothing is attended to. Break seen: nothing taken."""
+    attn = triton_layer(kv_heads=2, group=2)
+    context = (None, attn, attn.kv_cache, None)
+    ones = np.ones(1, dtype=np.int64)
+    attention = paged.TritonAttention(Batch(ones, ones, ones, ones), ones)
+    query = torch.zeros(1, attn.num_heads * attn.head_size)
+    rows = torch.zeros(1, dtype=torch.int64)
+    with (
+        mock.patch.object(paged, "get_attention_context", return_value=context),
+        mock.patch.object(paged, "write_kv", return_value=None),
+    ):
+        taken = peak_of(lambda: attention.run(attn, query, query, query, rows, rows))
+    most = sum(part.nbytes for part in partials(MOST_PARTIALS, attn.num_heads, attn.head_size, CPU))
+    assert taken >= most

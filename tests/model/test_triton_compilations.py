@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from orthorank_vllm.attention import paged_kernel
+from orthorank_vllm.attention import paged_loop
 from orthorank_vllm.attention.backend import choose_backend
 from orthorank_vllm.engine.models import OrthoRankForCausalLM
 from orthorank_vllm.selection.plan import profile_run_batches
@@ -28,7 +28,7 @@ from tests.support.triton_steps import (
 STEPS = 200
 
 
-def test_no_step_needs_another_compilation_than_the_first() -> None:
+def test_steps_need_one_compilation_of_each_kernel_and_form() -> None:
     """Breaks seen: the number of candidates as Triton takes integers by default; arrays in one
     copy that begin wherever the one before ends; the block table's width.
     """
@@ -38,7 +38,9 @@ def test_no_step_needs_another_compilation_than_the_first() -> None:
         while sparse_steps < STEPS:
             sparse_steps += run_step(random_batch(random), layers, sinks)
     assert {name: len(found.keys) for name, found in compiled.items()} == {
-        "_attend": 1,
+        # With and without keys in parts.
+        "_attend": 2,
+        "_merge": 1,
         "_score": 1,
         "_select": 1,
     }
@@ -66,13 +68,14 @@ def test_all_that_steps_need_of_the_attention_is_compiled_before_the_first() -> 
     assert way.compile is not None
     with watched() as compiled:
         assert way.compile(torch.float32)
-        before = set(compiled["_attend"].keys)
-        assert len(before) == len(layers)
+        before = {name: set(compiled[name].keys) for name in ("_attend", "_merge")}
+        # With and without keys in parts.
+        assert len(before["_attend"]) == 2 * len(layers)
         while not run_step(random_batch(random), layers, sinks):
             pass
         for _ in range(20):
             run_step(random_batch(random), layers, sinks)
-    assert compiled["_attend"].keys == before
+    assert {name: compiled[name].keys for name in before} == before
 
 
 def test_nothing_is_compiled_while_there_is_no_kv_cache() -> None:
@@ -131,10 +134,10 @@ def test_whatever_runs_the_model_with_a_kv_cache_warms_it_up_once() -> None:
 
 def test_the_driver_is_asked_once_how_much_memory_a_program_has() -> None:
     """Break seen: by each layer of each step."""
-    paged_kernel._shared_memory.cache_clear()
+    paged_loop.shared_memory.cache_clear()
     device = torch.device("cuda", 0)
     found = SimpleNamespace(shared_memory_per_block_optin=1000)
     with mock.patch.object(torch.cuda, "get_device_properties", return_value=found) as asked:
-        assert [paged_kernel._shared_memory(device) for _ in range(3)] == [1000] * 3
+        assert [paged_loop.shared_memory(device) for _ in range(3)] == [1000] * 3
     assert asked.call_count == 1
-    paged_kernel._shared_memory.cache_clear()
+    paged_loop.shared_memory.cache_clear()

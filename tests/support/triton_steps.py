@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from orthorank_vllm.attention import paged, paged_kernel
+from orthorank_vllm.attention import paged, paged_kernel, paged_merge, tiles
 from orthorank_vllm.attention.backend import AttentionBackend, AttentionPlan
 from orthorank_vllm.attention.stock import StockAttention
 from orthorank_vllm.model import forward, lost_sinks
@@ -24,7 +24,9 @@ from orthorank_vllm.selection.topk_triton import SegmentedTopKTriton
 from tests.support.compilations import Compilations
 
 HIDDEN, KEEPS, WINDOW, TAIL, PAGES = 64, (0.0, 1 / 3, 0.8), 128, 8, 64
-KERNELS = {paged_kernel: ["_attend"], topk_triton: ["_score", "_select"]}
+# Keys that few queries share: some of a step's do, and others do not.
+SPLIT_KEYS = 100
+KERNELS = {paged_kernel: ["_attend"], paged_merge: ["_merge"], topk_triton: ["_score", "_select"]}
 CPU = torch.device("cpu")
 
 
@@ -63,6 +65,7 @@ def watched() -> Iterator[dict[str, Compilations]]:
         for module, names in KERNELS.items():
             for name in names:
                 stack.enter_context(mock.patch.object(module, name, found[name]))
+        stack.enter_context(mock.patch.object(tiles, "SPLIT_KEYS", SPLIT_KEYS))
         packing = mock.patch.object(forward, "to_device", _packed)
         stack.enter_context(packing)
         stack.enter_context(mock.patch.object(forward, "_top_k_for", _by_kernels))
