@@ -35,7 +35,9 @@ class SinkTable:
         Made when first used, on a GPU by the profile run: vLLM 0.26 counts what that takes and
         what loading took, and nothing between, when layers may be chosen.
         """
-        return torch.zeros(self._shape, dtype=self._dtype, device=self._device)
+        # Outlives the forward that makes it, and may be written to outside of one.
+        with torch.inference_mode(False):
+            return torch.zeros(self._shape, dtype=self._dtype, device=self._device)
 
     def reserve(self, tokens: Sequence[int]) -> tuple[list[int], list[int]]:
         """A slot for each token id, all held at the same time.
