@@ -15,7 +15,7 @@ from orthorank_vllm.attention.backend import TRITON_FROM_CONTEXT, choose_backend
 from orthorank_vllm.attention.paged import TritonAttention, window_of
 from orthorank_vllm.attention.stock import GatherAttention, StockAttention
 from orthorank_vllm.options import OptionError
-from orthorank_vllm.selection.plan import Batch
+from orthorank_vllm.selection.plan import Batch, profile_run_batches
 from tests.support.paged_cases import CASES, ON_A_GPU, TOLERANCES
 from tests.support.scripts import Script
 
@@ -79,6 +79,16 @@ def test_long_contexts_take_the_kernel_and_short_ones_vllms_own() -> None:
     assert isinstance(way.plan(batch(TRITON_FROM_CONTEXT - 1), rows), GatherAttention)
     assert isinstance(way.plan(batch(TRITON_FROM_CONTEXT), None), StockAttention)
     assert way.description == "triton from 4096 tokens of context, gather below"
+
+
+def test_the_profile_run_attends_in_both_ways() -> None:
+    """Each takes memory of its own. Break seen: a rehearsal of short contexts alone."""
+    way = choose_backend("auto", [layer()], "cuda")
+    kinds = [
+        type(way.plan(rehearsed, rehearsed.query_len))
+        for rehearsed in profile_run_batches(512, 16, [0.0], 64)
+    ]
+    assert kinds == [GatherAttention, TritonAttention]
 
 
 @pytest.mark.parametrize(

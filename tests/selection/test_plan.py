@@ -246,7 +246,9 @@ def test_the_rehearsed_plan_selects_no_less_than_that_of_one_prompt_as_long(
     tokens: int, most: int, tail: int, keeps: list[float]
 ) -> None:
     """Guards against: prompts so short that all of them are tail, and so no plan at all."""
-    rehearsed, _ = profile_run_batches(tokens, most, keeps, tail)
+    rehearsed, again = profile_run_batches(tokens, most, keeps, tail)
+    assert again.query_len.sum() == tokens
+    assert (make_plan(again, keeps, 128, tail) is None) <= (tokens <= 11 + tail)
     assert rehearsed.query_len.sum() == tokens
     assert len(rehearsed.query_len) <= most
     assert rehearsed.wants_all_rows
