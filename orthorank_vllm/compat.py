@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
 
 # As `pyproject.toml` has it, for a package without metadata: a clone that was not installed.
-REQUIREMENT = "vllm>=0.26,<0.33"
+REQUIREMENT = "vllm>=0.26,<0.34"
 
 # Every name in vLLM, and one beside it, that is imported, called, subclassed or wrapped, as
 # module:attributes.
@@ -92,7 +92,7 @@ def supported_vllm() -> "SpecifierSet":
 
 
 def supported_in_words() -> str:
-    """The versions of vLLM that work, as "0.26 to 0.32"."""
+    """The versions of vLLM that work, as "0.26 to 0.33"."""
     from packaging.version import Version
 
     bounds = {bound.operator: Version(bound.version) for bound in supported_vllm()}

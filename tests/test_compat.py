@@ -91,11 +91,11 @@ def test_what_works_is_said_with_a_missing_seam() -> None:
     with pytest.raises(RuntimeError) as raised:
         compat.require_seams(("vllm.no_such_module:anything",))
     assert f"cannot work with vLLM {version('vllm')}: it lacks vllm.no_such" in str(raised.value)
-    assert "Install vLLM 0.26 to 0.32, or uninstall" in str(raised.value)
+    assert "Install vLLM 0.26 to 0.33, or uninstall" in str(raised.value)
 
 
 def test_the_versions_that_work_are_those_of_pyproject(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the package has no metadata. Break seen: `<0.34` in one of the two."""
+    """Also where the package has no metadata. Break seen: `<0.35` in one of the two."""
     extra = re.search(r'^vllm = \["(.*)"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert extra is not None
     wanted = Requirement(extra[1])

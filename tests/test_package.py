@@ -114,7 +114,8 @@ def test_the_compatibility_page_covers_the_versions_that_are_supported(
     [vllm] = re.findall(r"^Requires-Dist: vllm(.*);", text_of(wheel, "METADATA"), re.MULTILINE)
     assert SpecifierSet(vllm).contains(oldest)
     assert SpecifierSet(vllm).contains(newest)
-    assert TESTED["vllm"].startswith(newest)
+    # What the tests run with may be older: the newest has no wheel for CPUs on the index.
+    assert TESTED["vllm"].rpartition(".")[0] in columns[0].split(" | ")
     beyond = [f"0.{int(oldest[2:]) - 1}.9", f"0.{int(newest[2:]) + 1}.0"]
     assert not any(SpecifierSet(vllm).contains(version) for version in beyond)
     for named in re.findall(r"`(tests/.*?)`", text):

@@ -7,6 +7,7 @@ kernel of our own, `paged_kernel`). All are exact; they differ in speed and in w
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -60,10 +61,13 @@ class AttentionBackend:
         description: for the start-up line.
         plan: for queries of which each request has so many (the array, [requests]), in batch
             order; None: for every token of the batch.
+        compile: has all compiled that steps of a dtype will need, or returns False while there is
+            no KV cache; None: nothing is compiled.
     """
 
     description: str
     plan: Callable[[Batch, Ints | None], AttentionPlan]
+    compile: Callable[[torch.dtype], bool] | None = None
 
 
 def check_backend(asked: str, device: str) -> None:
@@ -101,7 +105,7 @@ def choose_backend(asked: str, attention_layers: Sequence[Any], device: str) -> 
     if asked == "gather":
         return AttentionBackend("gather", gather)
 
-    from orthorank_vllm.attention.paged import TritonAttention, obstacle
+    from orthorank_vllm.attention.paged import TritonAttention, compile_for, obstacle
 
     reasons = (reason for attn in attention_layers if (reason := obstacle(attn)))
     reason = next(reasons, None)
@@ -114,14 +118,11 @@ def choose_backend(asked: str, attention_layers: Sequence[Any], device: str) -> 
         if rows_per_request is None:
             return StockAttention()
         is_short = (batch.num_computed + batch.query_len).max() < TRITON_FROM_CONTEXT
-        # The first forward compiles the kernel, whatever its length: in Model Runner V2 that is
-        # one of vLLM's own at start-up, and no user waits for it.
-        if asked == "auto" and is_short and TritonAttention.has_run:
+        if asked == "auto" and is_short:
             return GatherAttention()
         return TritonAttention(batch, rows_per_request)
 
-    if asked == "triton":
-        return AttentionBackend("triton", triton)
-    return AttentionBackend(
-        f"triton from {TRITON_FROM_CONTEXT} tokens of context, gather below", triton
-    )
+    description = "triton"
+    if asked == "auto":
+        description = f"triton from {TRITON_FROM_CONTEXT} tokens of context, gather below"
+    return AttentionBackend(description, triton, partial(compile_for, attention_layers))

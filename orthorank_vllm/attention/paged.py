@@ -4,16 +4,24 @@
 the views that vLLM's own backends take (vllm/v1/attention/backends/{flash_attn,triton_attn}.py).
 """
 
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.platforms import current_platform
 
 from orthorank_vllm.attention.kv_cache import write_kv
-from orthorank_vllm.attention.paged_kernel import PagedCache, attend, make_tiles, queries_per_tile
+from orthorank_vllm.attention.paged_kernel import PagedCache, attend
+from orthorank_vllm.attention.paged_merge import partials
+from orthorank_vllm.attention.tiles import (
+    MOST_PARTIALS,
+    Tiles,
+    make_tiles,
+    queries_per_tile,
+    rehearsed_tiles,
+)
 from orthorank_vllm.selection.plan import Batch, Ints
-from orthorank_vllm.selection.topk import to_device
 
 # Their metadata have a block table, and their pages are K and V side by side.
 BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
@@ -42,14 +50,36 @@ def obstacle(attn: Any) -> str | None:
     return None
 
 
-class TritonAttention:
-    """Attention by a Triton kernel that reads vLLM's pages of K and V.
+def compile_for(layers: Sequence[Any], dtype: torch.dtype) -> bool:
+    """Have the kernel compiled in each form that the layers' steps will need, by using it.
 
-    Attributes:
-        has_run: whether the kernel has, and so is compiled, in this process.
+    Layers may differ: in their window, their heads, what their pages hold, how these are laid out.
+
+    Args:
+        layers: vLLM's `Attention` layers.
+        dtype: of what is computed.
+
+    Returns:
+        False while there are no pages, whose layout is a part of the form, or while vLLM captures
+        a CUDA graph.
     """
+    if not all(attn.kv_cache.numel() for attn in layers):
+        return False
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return False
+    for attn in layers:
+        device = attn.kv_cache.device
+        # One query that sees one key, of vLLM's null page: whatever that holds, no one reads it.
+        query = torch.zeros(1, attn.num_heads, attn.head_size, dtype=dtype, device=device)
+        position = torch.zeros(1, dtype=torch.int64, device=device)
+        block_table = torch.zeros(1, 1, dtype=torch.int32, device=device)
+        for tiles in rehearsed_tiles(device):
+            _attend_to_pages(attn, query, position, tiles, attn.kv_cache, block_table)
+    return True
 
-    has_run: ClassVar[bool] = False
+
+class TritonAttention:
+    """Attention by a Triton kernel that reads vLLM's pages of K and V."""
 
     def __init__(self, batch: Batch, rows_per_request: Ints) -> None:
         """Keep what a forward's layers share; tiles are made when one attends.
@@ -59,7 +89,7 @@ class TritonAttention:
         """
         self._batch = batch
         self._rows_per_request = rows_per_request
-        self._tiles: dict[int, torch.Tensor] = {}
+        self._tiles: dict[int, Tiles] = {}
 
     write = staticmethod(write_kv)
 
@@ -77,25 +107,39 @@ class TritonAttention:
         metadata, _, kv_cache, _ = get_attention_context(attn.layer_name)
         query = query.view(-1, attn.num_heads, attn.head_size)
         if metadata is None:  # vLLM measures memory, and there is no cache yet
+            partials(MOST_PARTIALS, attn.num_heads, attn.head_size, query.device)
             return torch.zeros_like(query).flatten(1)
-        TritonAttention.has_run = True
-        return attend(
-            query,
-            positions,
-            self._tiles_for(attn.num_heads // attn.num_kv_heads, query.device),
-            paged_cache(attn, kv_cache, metadata.block_table),
-            attn.impl.scale,
-            window_of(attn.impl),
-            float(attn.impl.logits_soft_cap or 0),
-        ).flatten(1)
+        tiles = self._tiles_for(attn.num_heads // attn.num_kv_heads, query.device)
+        block_table = metadata.block_table
+        return _attend_to_pages(attn, query, positions, tiles, kv_cache, block_table).flatten(1)
 
-    def _tiles_for(self, group_size: int, device: torch.device) -> torch.Tensor:
+    def _tiles_for(self, group_size: int, device: torch.device) -> Tiles:
         size = queries_per_tile(group_size)
         if size not in self._tiles:
             batch = self._batch
-            tiles = make_tiles(self._rows_per_request, batch.num_computed, batch.query_len, size)
-            self._tiles[size] = to_device([tiles.ravel()], device)[0].view(-1, 3)
+            self._tiles[size] = make_tiles(
+                self._rows_per_request, batch.num_computed, batch.query_len, size, device
+            )
         return self._tiles[size]
+
+
+def _attend_to_pages(
+    attn: Any,
+    query: torch.Tensor,
+    positions: torch.Tensor,
+    tiles: Tiles,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+) -> torch.Tensor:
+    return attend(
+        query,
+        positions,
+        tiles,
+        paged_cache(attn, kv_cache, block_table),
+        attn.impl.scale,
+        window_of(attn.impl),
+        float(attn.impl.logits_soft_cap or 0),
+    )
 
 
 def paged_cache(attn: Any, kv_cache: torch.Tensor, block_table: torch.Tensor) -> PagedCache:

@@ -7,22 +7,13 @@ loop over them begins and ends. Knows nothing of vLLM.
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from orthorank_vllm.selection.plan import Ints
-
-# Query rows of one program: queries x the query heads that share a KV head. One configuration
-# for all lengths, not measured on any GPU: tuning at run time would compile in mid-service.
-TILE_ROWS = 128
-KEYS = 64
-LEAST_KEYS = 16
-STAGES = 3
-WARPS = 8
-# For one program, in bytes, on GPUs that have little of it (an L4, an A10).
-SMALL_SHARED_MEMORY = 99 * 1024
+from orthorank_vllm.attention.paged_loop import WARPS, loop_of, shared_memory
+from orthorank_vllm.attention.paged_merge import merge, partials
+from orthorank_vllm.attention.tiles import TILE_ROWS, Tiles
 
 
 @dataclass(frozen=True)
@@ -44,44 +35,10 @@ class PagedCache:
     value_scale: torch.Tensor | None = None
 
 
-def queries_per_tile(group_size: int) -> int:
-    """How many queries one program takes, all heads of a KV head together.
-
-    Args:
-        group_size: query heads that share a KV head.
-    """
-    return max(TILE_ROWS // group_size, 1)
-
-
-def make_tiles(rows_per_request: Ints, context: Ints, query_len: Ints, tile: int) -> Ints:
-    """The programs of one launch, those with most keys first so that none of them runs last, alone.
-
-    Args:
-        rows_per_request: [requests] how many queries each has.
-        context: [requests] keys before this forward's.
-        query_len: [requests] tokens of this forward, among which the queries are spread.
-        tile: queries of one program, at most.
-
-    Returns:
-        [tiles, 3] int64: request, first row among the queries, number of rows, all of one request.
-    """
-    tiles = -(-rows_per_request // tile)
-    request = np.repeat(np.arange(len(tiles)), tiles)
-    index = np.arange(len(request)) - (np.cumsum(tiles) - tiles)[request]
-    first = index * tile
-    count = np.minimum(rows_per_request[request] - first, tile)
-    # Where a tile's last query will be is known on the device alone; this is near enough.
-    share = (first + count) / np.maximum(rows_per_request[request], 1)
-    keys = context[request] + query_len[request] * share
-    first_row = (np.cumsum(rows_per_request) - rows_per_request)[request] + first
-    order = np.argsort(-keys, kind="stable")
-    return np.stack([request, first_row, count], axis=1)[order].astype(np.int64)
-
-
 def attend(
     query: torch.Tensor,
     positions: torch.Tensor,
-    tiles: torch.Tensor,
+    tiles: Tiles,
     cache: PagedCache,
     scale: float,
     window: int = 0,
@@ -92,7 +49,7 @@ def attend(
     Args:
         query: [queries, heads, head size], the last dimension dense.
         positions: [queries] int64; a query sees its request's keys up to and with its own position.
-        tiles: [tiles, 3] int64, see `make_tiles`; within a tile positions ascend.
+        tiles: see `make_tiles`; within a tile positions ascend.
         window: keys that a query sees, its own included; 0: all.
         softcap: largest absolute score, by a tangent; 0: no limit.
 
@@ -100,24 +57,31 @@ def attend(
         [queries, heads, head size].
     """
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    if not len(tiles):
+    if not len(tiles.programs):
         return output
     kv_heads, head_size = cache.key.shape[2:]
     group_size = query.shape[1] // kv_heads
     head_padded = max(triton.next_power_of_2(head_size), 16)
     rows = max(TILE_ROWS, triton.next_power_of_2(group_size))
-    keys, stages = loop_of(rows, head_padded * query.element_size(), _shared_memory(query.device))
+    keys, stages = loop_of(rows, head_padded * query.element_size(), shared_memory(query.device))
     has_scales = cache.key_scale is not None and cache.value_scale is not None
     # A pointer has to be given in any case.
     key_scale = cache.key_scale if cache.key_scale is not None else query
     value_scale = cache.value_scale if cache.value_scale is not None else query
-    _attend[(kv_heads, len(tiles))](
+    # Of keys in parts: what each found, its largest score and the sum of its weights.
+    has_parts = tiles.num_partials > 0
+    partial = sums = output
+    if has_parts:
+        partial, sums = partials(tiles.num_partials, query.shape[1], head_size, query.device)
+    _attend[(kv_heads, len(tiles.programs))](
         output,
+        partial,
+        sums,
         query,
         cache.key,
         cache.value,
         positions,
-        tiles,
+        tiles.programs,
         cache.block_table,
         key_scale,
         value_scale,
@@ -140,37 +104,22 @@ def attend(
         HAS_SCALES=has_scales,
         SCALE_PER_HEAD=has_scales and key_scale.numel() > 1,
         HAS_SOFTCAP=softcap > 0,
+        HAS_PARTS=has_parts,
         num_warps=WARPS,
         num_stages=stages,
     )
+    if has_parts:
+        merge(output, partial, sums, tiles.merges)
     return output
 
 
-def loop_of(rows: int, row_bytes: int, shared_memory: int) -> tuple[int, int]:
-    """Keys of one step of the loop over them, and stages of its pipeline: what there is room for.
-
-    Args:
-        row_bytes: of a query, and of a key or a value once it is as wide.
-        shared_memory: of one program, in bytes.
-    """
-    stages = STAGES if shared_memory > 1.5 * SMALL_SHARED_MEMORY else STAGES - 1
-    keys = KEYS
-    while keys > LEAST_KEYS and (rows + 2 * stages * keys) * row_bytes > shared_memory:
-        keys //= 2
-    return keys, stages
-
-
-def _shared_memory(device: torch.device) -> int:
-    if device.type != "cuda":
-        return SMALL_SHARED_MEMORY
-    properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", SMALL_SHARED_MEMORY))
-
-
-# Triton types a kernel's arguments itself, all that are not constexpr.
-@triton.jit
+# Triton types a kernel's arguments itself, all that are not constexpr. What may differ from step to
+# step is not told apart: it would compile anew, in mid-service.
+@triton.jit(do_not_specialize=["table_row"])
 def _attend(  # type: ignore[no-untyped-def]
     output_ptr,
+    partial_ptr,
+    sum_ptr,
     query_ptr,
     key_ptr,
     value_ptr,
@@ -202,12 +151,14 @@ def _attend(  # type: ignore[no-untyped-def]
     HAS_SCALES: tl.constexpr,
     SCALE_PER_HEAD: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_PARTS: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
     tile = tl.program_id(1)
-    request = tl.load(tile_ptr + tile * 3)
-    first = tl.load(tile_ptr + tile * 3 + 1)
-    count = tl.load(tile_ptr + tile * 3 + 2)
+    tile_ptr += tile * 6
+    request = tl.load(tile_ptr)
+    first = tl.load(tile_ptr + 1)
+    count = tl.load(tile_ptr + 2)
 
     row = tl.arange(0, ROWS)
     query_index = first + row // GROUP
@@ -235,20 +186,29 @@ def _attend(  # type: ignore[no-untyped-def]
     # Up to here every query sees every key.
     common_end = lowest if WINDOW > 0 else (first_position + 1) // KEYS * KEYS
 
+    begin = lowest
+    stop = end
+    if HAS_PARTS:
+        part = tl.load(tile_ptr + 3).to(tl.int32)
+        parts = tl.load(tile_ptr + 4).to(tl.int32)
+        stretch = tl.cdiv(tl.cdiv(end - lowest, parts), KEYS) * KEYS
+        begin = lowest + part * stretch
+        stop = tl.minimum(begin + stretch, end)
+
     table_ptr += request * table_row
     key_ptr += kv_head * key_head
     value_ptr += kv_head * value_head
     maximum = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     result = tl.zeros([ROWS, HEAD_PADDED], dtype=tl.float32)
-    for start in tl.range(lowest, common_end, KEYS):
+    for start in tl.range(begin, tl.minimum(stop, common_end), KEYS):
         maximum, total, result = _step(
             maximum, total, result, query, position, start, end,
             key_ptr, value_ptr, table_ptr, scale, softcap,
             key_page, key_slot, value_page, value_slot,
             dim, is_dim, PAGE, KEYS, WINDOW, HAS_SOFTCAP, False,
         )  # fmt: skip
-    for start in tl.range(common_end, end, KEYS):
+    for start in tl.range(tl.maximum(begin, common_end), stop, KEYS):
         maximum, total, result = _step(
             maximum, total, result, query, position, start, end,
             key_ptr, value_ptr, table_ptr, scale, softcap,
@@ -256,9 +216,23 @@ def _attend(  # type: ignore[no-untyped-def]
             dim, is_dim, PAGE, KEYS, WINDOW, HAS_SOFTCAP, True,
         )  # fmt: skip
 
-    result = result / total[:, None]
     if HAS_SCALES:
         result = result * value_scale
+    if HAS_PARTS:
+        place = tl.load(tile_ptr + 5) + row // GROUP
+        place = place * (tl.num_programs(0) * GROUP) + head
+        # A tile is whole or in parts, with all of its rows.
+        partial_rows = tl.where(parts > 1, count, 0)
+        is_partial = row // GROUP < partial_rows
+        tl.store(sum_ptr + place * 2, maximum, mask=is_partial)
+        tl.store(sum_ptr + place * 2 + 1, total, mask=is_partial)
+        tl.store(
+            partial_ptr + place[:, None] * HEAD + dim[None, :],
+            result,
+            mask=is_partial[:, None] & is_dim[None, :],
+        )
+        is_row = row // GROUP < count - partial_rows
+    result = result / total[:, None]
     tl.store(
         output_ptr + query_index[:, None] * output_row + head[:, None] * output_head + dim[None, :],
         result.to(output_ptr.dtype.element_ty),

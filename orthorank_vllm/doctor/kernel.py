@@ -3,19 +3,20 @@
 import numpy as np
 import torch
 
-from orthorank_vllm.attention.paged_kernel import PagedCache, attend, make_tiles, queries_per_tile
+from orthorank_vllm.attention.paged_kernel import PagedCache, attend
+from orthorank_vllm.attention.tiles import SPLIT_KEYS, make_tiles, queries_per_tile
 from orthorank_vllm.doctor.check import Check, failed, ok
 
 WHAT = "attention kernel"
 MEND = "Serve with --orthorank-attention gather, and report this"
 # Of an output whose values are about 1, in half floats.
 TOLERANCE = 3e-3
-CONTEXT, QUERY_LEN, PAGE = 300, 212, 16
+PAGE = 16
 HEADS, KV_HEADS, HEAD_SIZE = 8, 2, 128
 
 
 def check_kernel() -> Check:
-    """A third of a chunk's queries, over pages in any order, against float64."""
+    """A third of a chunk's queries, and one that decodes, over pages in any order, in float64."""
     try:
         worst = largest_difference("cuda", torch.float16)
     except Exception as error:  # whatever Triton, its compiler or the driver raise
@@ -28,9 +29,18 @@ def check_kernel() -> Check:
 
 def largest_difference(device: str, dtype: torch.dtype) -> float:
     """The kernel's outputs from those of torch, computed in float64 on the CPU."""
+    differences = [
+        _difference(300, torch.arange(300, 512, 3), device, dtype),
+        # Of so long a context the keys are shared among programs.
+        _difference(3 * SPLIT_KEYS - 1, torch.tensor([3 * SPLIT_KEYS - 1]), device, dtype),
+    ]
+    # Unlike Python's, torch's is NaN if one of them is.
+    return float(torch.tensor(differences, dtype=torch.float64).max())
+
+
+def _difference(context: int, positions: torch.Tensor, device: str, dtype: torch.dtype) -> float:
     draw = torch.Generator().manual_seed(0)
-    length = CONTEXT + QUERY_LEN
-    positions = torch.arange(CONTEXT, length, 3)
+    length = -(-int(positions.max() + 1) // PAGE) * PAGE
     query = torch.randn(len(positions), HEADS, HEAD_SIZE, generator=draw).to(dtype)
     both = torch.randn(length, KV_HEADS, 2 * HEAD_SIZE, generator=draw).to(dtype)
     key, value = (kept.double().transpose(0, 1) for kept in both.split(HEAD_SIZE, dim=-1))
@@ -47,14 +57,15 @@ def largest_difference(device: str, dtype: torch.dtype) -> float:
     table = torch.arange(len(pages) - 1, -1, -1, dtype=torch.int32, device=device)[None]
     tiles = make_tiles(
         np.array([len(positions)]),
-        np.array([CONTEXT]),
-        np.array([QUERY_LEN]),
+        np.array([context]),
+        np.array([length - context]),
         queries_per_tile(HEADS // KV_HEADS),
+        torch.device(device),
     )
     output = attend(
         query.to(device),
         positions.to(device),
-        torch.from_numpy(tiles).to(device),
+        tiles,
         PagedCache(key_pages, value_pages, table),
         HEAD_SIZE**-0.5,
         0,

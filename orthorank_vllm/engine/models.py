@@ -49,6 +49,9 @@ class OrthoRankForCausalLM(MeasuredForCausalLM):
         inputs_embeds: torch.Tensor | None = None,
         orthorank_plan: Plan | None = None,
     ) -> torch.Tensor | IntermediateTensors:
+        if self.orthorank.needs_warm_up:
+            # vLLM runs the model at start-up, with and without a KV cache.
+            self.orthorank.warm_up()
         if orthorank_plan is None:
             if self.orthorank.needs_profile_run and get_forward_context().attn_metadata is None:
                 self.orthorank.profile_run(input_ids, positions)

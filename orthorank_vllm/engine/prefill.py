@@ -22,7 +22,7 @@ from orthorank_vllm.model.sinks import SinkTable
 from orthorank_vllm.model.stand_in import FusedStandIn, read_stand_ins
 from orthorank_vllm.model.tensor_parallel import is_first_rank
 from orthorank_vllm.options import STAND_IN, OptionError
-from orthorank_vllm.selection.plan import Batch, Plan, make_plan, profile_run_batch
+from orthorank_vllm.selection.plan import Batch, Plan, make_plan, profile_run_batches
 
 # vLLM shows the log lines of its own namespace only.
 logger = logging.getLogger("vllm.orthorank")
@@ -38,6 +38,7 @@ class SparsePrefill:
         attention: how the layers of a sparse forward attend; may be replaced between forwards.
         is_paused: whether every forward is to be stock vLLM's, for a comparison of the two in one
             engine; may be changed between forwards.
+        needs_warm_up: the attention's kernels are not compiled yet.
         needs_model_state: Model Runner V2 has not yet asked for the model's state, which brings
             it the plans.
     """
@@ -70,7 +71,7 @@ class SparsePrefill:
         # The ranks compute the same tokens: one of them counts.
         self._counter = StepCounter.of(vllm_config, self._decoder) if is_first_rank() else None
         self._outcome: Outcome | None = None
-        self.is_paused = False
+        self.is_paused = self.needs_warm_up = False
         # There vLLM sizes its KV cache by the memory that its first forward takes.
         self._needs_profile_run = self._device.type == "cuda"
         self.needs_model_state = bool(vllm_config.use_v2_model_runner)
@@ -161,6 +162,7 @@ class SparsePrefill:
         """
         layers = [layer.attn.attn for layer in self._decoder.layers.values()]
         self.attention = choose_backend(asked, layers, self._device.type)
+        self.needs_warm_up = self.attention.compile is not None
 
     def _split_of(self, layer: int) -> SplitWeight | None:
         fused = self._fused.get(layer)
@@ -236,7 +238,7 @@ class SparsePrefill:
         return self._needs_profile_run
 
     def profile_run(self, input_ids: torch.Tensor | None, positions: torch.Tensor) -> None:
-        """Run the sparse forward once on dummy tokens, so that its memory is measured too.
+        """Run the sparse forward on dummy tokens, so that the most that it takes is measured too.
 
         Without requests there is no KV cache and no attention; nothing is counted or remembered.
 
@@ -252,13 +254,23 @@ class SparsePrefill:
             )
         self._needs_profile_run = False
         config = self.config
-        plan = self.plan(
-            profile_run_batch(len(positions), self._max_num_seqs, config.keeps, config.tail)
-        )
-        if plan is not None:
-            self.forward(plan, input_ids, positions, None)
-            self._outcome = None
-            self._sinks.clear()
+        for batch in profile_run_batches(
+            len(positions), self._max_num_seqs, config.keeps, config.tail
+        ):
+            plan = self.plan(batch)
+            if plan is not None:
+                self.forward(plan, input_ids, positions, None)
+                self._outcome = None
+                self._sinks.clear()
+
+    def warm_up(self) -> None:
+        """Have the attention's kernels compiled, once there is a KV cache.
+
+        Those of the selection are by then: the profile run selects. So no request waits for a
+        compiler, whatever its length.
+        """
+        if self.attention.compile is not None:
+            self.needs_warm_up = not self.attention.compile(self._dtype)
 
     def count(self, batch: Batch | None, plan: Plan | None, seconds: Seconds) -> None:
         """Count one step and this stage's part of its token updates, after its forward.

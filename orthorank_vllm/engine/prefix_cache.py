@@ -26,10 +26,11 @@ def keep_tails_out(manager: Any, tail: int) -> None:
     find_longest_cache_hit = coordinator.find_longest_cache_hit
     most = 0
 
-    def without_tail(request: Any) -> Any:
+    # Since 0.33 the scheduler may give a limit of its own, which reaches `up_to_tail` from there.
+    def without_tail(request: Any, *limit: Any, **named_limit: Any) -> Any:
         nonlocal most
         most = max(request.num_prompt_tokens - tail, 0)
-        found = get_computed_blocks(request)
+        found = get_computed_blocks(request, *limit, **named_limit)
         if found[1] > most:
             raise RuntimeError(
                 f"OrthoRank's tail would come from the prefix cache: vLLM reuses {found[1]} of "

@@ -6,7 +6,7 @@ Works on vLLM's own modules from outside: the compiled model is not entered and
 no layer is replaced, so the dense path stays bit-identical to stock vLLM.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from orthorank_vllm.attention.backend import AttentionBackend, AttentionPlan
-from orthorank_vllm.attention.one_key import OneKeyAttention
 from orthorank_vllm.model.decoder import Decoder, Pick
+from orthorank_vllm.model.lost_sinks import recompute_sinks
 from orthorank_vllm.model.qkv import SplitWeight
 from orthorank_vllm.model.sinks import SinkTable
 from orthorank_vllm.model.stand_in import FusedStandIn
@@ -191,33 +191,6 @@ def sparse_forward(
     return residual, update, outcome
 
 
-def sink_states(decoder: Decoder, scored: Collection[int], tokens: torch.Tensor) -> torch.Tensor:
-    """Position 0's residual stream entering each layer that scores, for some token ids.
-
-    It is computed in every layer, so it is the dense model's. Only for a decoder that is the whole
-    model.
-
-    Args:
-        scored: layers, ascending.
-        tokens: [M] int64.
-
-    Returns:
-        [scored layers, M, hidden].
-    """
-    states: list[torch.Tensor] = []
-    attention, positions = OneKeyAttention(), torch.zeros_like(tokens)
-    residual = decoder.embed(tokens)
-    update: torch.Tensor | None = None
-    for index, layer in decoder.layers.items():
-        if index in scored:
-            # A copy: what follows adds to it in place.
-            states.append(residual.clone() if update is None else residual + update)
-        if len(states) == len(scored):
-            break
-        residual, update = layer.forward(attention, positions, residual, update)
-    return torch.stack(states)
-
-
 class _Sinks(NamedTuple):
     """Arrays of a step's sinks on the host, and what was found; see `Step`.
 
@@ -277,7 +250,7 @@ def _start_step(
     ]
     if len(found.lost):
         scored = [index for index, kept in selective.items() if kept.sink_row is not None]
-        sinks.rows.index_copy_(1, lost_slots, sink_states(decoder, scored, lost))
+        recompute_sinks(decoder, scored, sinks, lost, lost_slots)
     return Step(
         top_k=kind.of_arrays(plan, on_device[len(shared) :]) if top_k else {},
         attention={

@@ -7,16 +7,13 @@ chunk, a prefix-cache hit, a resumed request). DESIGN: README.md, "The sink".
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
 
 class SinkTable:
-    """A small least-recently-used table on the device.
-
-    Attributes:
-        rows: [layers that score, capacity, hidden], in the model's dtype.
-    """
+    """A small least-recently-used table on the device."""
 
     def __init__(
         self,
@@ -26,8 +23,21 @@ class SinkTable:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.rows = torch.zeros(num_layers, capacity, hidden_size, dtype=dtype, device=device)
+        self._shape = (num_layers, capacity, hidden_size)
+        self._dtype = dtype
+        self._device = device
         self._slot_of_token: OrderedDict[int, int] = OrderedDict()
+
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """[layers that score, capacity, hidden], in the model's dtype.
+
+        Made when first used, on a GPU by the profile run: vLLM 0.26 counts what that takes and
+        what loading took, and nothing between, when layers may be chosen.
+        """
+        # Outlives the forward that makes it, and may be written to outside of one.
+        with torch.inference_mode(False):
+            return torch.zeros(self._shape, dtype=self._dtype, device=self._device)
 
     def reserve(self, tokens: Sequence[int]) -> tuple[list[int], list[int]]:
         """A slot for each token id, all held at the same time.
@@ -44,7 +54,7 @@ class SinkTable:
             if token in self._slot_of_token:
                 self._slot_of_token.move_to_end(token)
         for token in missing:
-            if len(self) < self.rows.shape[1]:
+            if len(self) < self._shape[1]:
                 slot = len(self)
             else:
                 _, slot = self._slot_of_token.popitem(last=False)

@@ -17,6 +17,10 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 
+# Longer than any that a way to attend is chosen by.
+LONG_CONTEXT = 1 << 20
+
+
 @dataclass(frozen=True)
 class Batch:
     """One forward's requests, in batch order. All arrays are [requests].
@@ -238,20 +242,30 @@ def _begins(values: Ints) -> Bools:
     return found
 
 
-def profile_run_batch(
+def profile_run_batches(
     num_tokens: int, most_requests: int, keeps: Iterable[float], tail: int
-) -> Batch:
-    """The batch of so many tokens that needs most memory: as many prompts as there can be.
+) -> tuple[Batch, Batch]:
+    """Two batches of so many tokens, one of which any other needs no more memory than.
 
-    Each of them rounds up what it selects, has a tail, is scored against a sink of its own, and
-    is long enough that something of it is skipped at each keep.
+    As many prompts as there can be: each is scored against a sink of its own, rounds up what it
+    selects, has a tail, and is long enough that something of it is skipped at each keep. And as
+    many selected rows as there can be, an answer that is computed again after a preemption, beside
+    a request that decodes after a long context.
     """
     skipping = int(1 / (1 - max(keeps, default=0.0))) + 1
     least = tail + 1 + skipping
     requests = min(most_requests, max(num_tokens // least, 1))
     length = np.full(requests, num_tokens // requests, dtype=np.int64)
     length[-1] += num_tokens % requests
-    nothing = np.zeros_like(length)
     # Fewer tokens than that are a chunk of a longer prompt.
     prompt_len = np.where(length < least, length + tail, length)
-    return Batch(nothing, length, prompt_len, first_token=nothing, wants_all_rows=True)
+    nothing = np.zeros_like(length)
+    prompts = Batch(nothing, length, prompt_len, first_token=nothing, wants_all_rows=True)
+    if num_tokens == 1:
+        return prompts, prompts
+    again = num_tokens - 1
+    short_prompt = least if least < again else again + tail
+    computed, query_len, prompt_len, first_token = np.array(
+        [(0, again, short_prompt, 0), (LONG_CONTEXT, 1, 1, 0)], dtype=np.int64
+    ).T
+    return prompts, Batch(computed, query_len, prompt_len, first_token, wants_all_rows=True)

@@ -6,6 +6,7 @@ with windows added. Device tensors only, no synchronisation.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -158,5 +159,31 @@ def to_device(arrays: Sequence[Ints], device: torch.device) -> list[torch.Tensor
     """
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
-    packed = torch.from_numpy(np.concatenate(arrays)).pin_memory()
-    return list(packed.to(device, non_blocking=True).split([len(array) for array in arrays]))
+    packed = torch.from_numpy(pack(arrays)).pin_memory()
+    return unpack(packed.to(device, non_blocking=True), arrays)
+
+
+def pack(arrays: Sequence[Ints]) -> Ints:
+    """The arrays in one, each from a multiple of 16 bytes on.
+
+    Triton compiles a kernel anew for a pointer that is no such multiple, which would depend on
+    the lengths of the others.
+    """
+    starts = _aligned_starts(arrays)
+    packed = np.zeros(starts[-1], dtype=np.int64)
+    for start, array in zip(starts, arrays, strict=False):
+        packed[start : start + len(array)] = array
+    return packed
+
+
+def unpack(packed: torch.Tensor, arrays: Sequence[Ints]) -> list[torch.Tensor]:
+    """The arrays, by views of what `pack` made of them."""
+    starts = _aligned_starts(arrays)
+    return [
+        packed.narrow(0, start, len(array)) for start, array in zip(starts, arrays, strict=False)
+    ]
+
+
+def _aligned_starts(arrays: Sequence[Ints]) -> list[int]:
+    """Where each array begins, and the end."""
+    return list(accumulate((len(array) + len(array) % 2 for array in arrays), initial=0))

@@ -9,7 +9,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from orthorank_vllm.attention import paged_kernel
-from orthorank_vllm.attention.paged_kernel import SMALL_SHARED_MEMORY, TILE_ROWS, WARPS, loop_of
+from orthorank_vllm.attention.paged_loop import SMALL_SHARED_MEMORY, WARPS, loop_of
+from orthorank_vllm.attention.tiles import TILE_ROWS
 
 # Compute capability, and shared memory of one program in bytes.
 H100 = (90, 227 * 1024)
@@ -39,6 +40,7 @@ def compiled(
         "HAS_SCALES": False,
         "SCALE_PER_HEAD": False,
         "HAS_SOFTCAP": False,
+        "HAS_PARTS": False,
         **constants,
     }
     pages = f"*{TYPES[stored or dtype]}"
@@ -50,6 +52,7 @@ def compiled(
         "table_ptr": "*i32",
         "key_scale_ptr": "*fp32",
         "value_scale_ptr": "*fp32",
+        **dict.fromkeys(("partial_ptr", "sum_ptr"), "*fp32"),
         **dict.fromkeys(("output_ptr", "query_ptr"), f"*{TYPES[dtype]}"),
     }
     kernel: Any = paged_kernel._attend
@@ -79,6 +82,8 @@ def compiled(
         (H100, {"dtype": torch.float32}),
         (H100, {"stored": torch.float8_e4m3fn, "HAS_SCALES": True, "SCALE_PER_HEAD": True}),
         (H100, {"GROUP": 3, "HAS_SOFTCAP": True}),
+        (H100, {"HAS_PARTS": True}),
+        (L4, {"head": 256, "GROUP": 2, "HAS_PARTS": True}),
         (A100, {}),
         (L4, {}),
         (L4, {"head": 256, "GROUP": 2}),

@@ -13,10 +13,9 @@ import pytest
 
 from orthorank_vllm.attention.backend import TRITON_FROM_CONTEXT, choose_backend
 from orthorank_vllm.attention.paged import TritonAttention, window_of
-from orthorank_vllm.attention.paged_kernel import make_tiles
 from orthorank_vllm.attention.stock import GatherAttention, StockAttention
 from orthorank_vllm.options import OptionError
-from orthorank_vllm.selection.plan import Batch
+from orthorank_vllm.selection.plan import Batch, profile_run_batches
 from tests.support.paged_cases import CASES, ON_A_GPU, TOLERANCES
 from tests.support.scripts import Script
 
@@ -27,7 +26,7 @@ found = {name: run(case) for name, case in CASES.items()}
 found |= {f"views: {name}": paged_views.run(CASES[name]) for name in arguments}
 answer(found)
 """
-THROUGH_VIEWS = ("several requests", "a window of 40", "fp8 pages")
+THROUGH_VIEWS = ("several requests", "a window of 40", "fp8 pages", "keys in parts")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,8 @@ def test_every_query_sees_the_keys_up_to_its_own_position(
     differences: dict[str, float], name: str
 ) -> None:
     """Breaks seen: V read beyond the last visible key; a window of one more; no mask within a
-    tile; the mask left out one step too long; pages of 16 whatever they are.
+    tile; the mask left out one step too long; pages of 16 whatever they are; the last part's keys
+    left out; parts weighted alike.
     """
     assert differences[name] < TOLERANCES[CASES[name].dtype]
 
@@ -55,20 +55,6 @@ def test_the_pages_are_read_by_vllms_views(differences: dict[str, float], name: 
 
 def test_every_case_has_a_tolerance() -> None:
     assert {case.dtype for case in ON_A_GPU.values()} == set(TOLERANCES)
-
-
-def test_tiles_cover_every_row_once_and_the_longest_come_first() -> None:
-    rows = np.array([70, 0, 1, 32, 33])
-    context, query_len = np.array([0, 5, 4000, 100, 0]), np.array([200, 9, 1, 90, 99])
-    tiles = make_tiles(rows, context, query_len, tile=32)
-    covered = np.concatenate([first + np.arange(count) for _, first, count in tiles])
-    assert sorted(covered) == list(range(rows.sum()))
-    owner = np.repeat(np.arange(5), rows)
-    for request, first, count in tiles:
-        assert (owner[first : first + count] == request).all()
-    assert tiles[0].tolist() == [2, 70, 1]
-    # The third tile of the first request has its last rows, which see about 200 keys.
-    assert tiles[1].tolist() == [0, 64, 6]
 
 
 def layer(**changes: Any) -> Any:
@@ -86,10 +72,7 @@ def batch(context: int) -> Batch:
     return Batch(one * (context - 100), one * 100, one * context, one)
 
 
-def test_long_contexts_take_the_kernel_and_short_ones_vllms_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(TritonAttention, "has_run", True)
+def test_long_contexts_take_the_kernel_and_short_ones_vllms_own() -> None:
     way = choose_backend("auto", [layer(), layer(kv_cache_dtype="fp8")], "cuda")
     rows = np.array([34])
     assert isinstance(way.plan(batch(TRITON_FROM_CONTEXT), rows), TritonAttention)
@@ -98,12 +81,14 @@ def test_long_contexts_take_the_kernel_and_short_ones_vllms_own(
     assert way.description == "triton from 4096 tokens of context, gather below"
 
 
-def test_the_first_forward_compiles_the_kernel_however_short_it_is(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(TritonAttention, "has_run", False)
+def test_the_profile_run_attends_in_both_ways() -> None:
+    """Each takes memory of its own. Break seen: a rehearsal of short contexts alone."""
     way = choose_backend("auto", [layer()], "cuda")
-    assert isinstance(way.plan(batch(200), np.array([34])), TritonAttention)
+    kinds = [
+        type(way.plan(rehearsed, rehearsed.query_len))
+        for rehearsed in profile_run_batches(512, 16, [0.0], 64)
+    ]
+    assert kinds == [GatherAttention, TritonAttention]
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_hooks_that_vllm_lacks_are_all_named(
     assert checks["hooks"]["state"] == "FAILED"
     assert "vllm._custom_ops:rms_norm" in checks["hooks"]["found"]
     assert "vllm.engine.arg_utils:EngineArgs.from_cli_args" in checks["hooks"]["found"]
-    assert checks["hooks"]["mend"] == "Install vLLM 0.26 to 0.32"
+    assert checks["hooks"]["mend"] == "Install vLLM 0.26 to 0.33"
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(
@@ -149,7 +149,7 @@ def test_a_vllm_out_of_range_fails_and_says_what_is_supported(tmp_path: Path) ->
     result = examine_in(tmp_path)
     assert result.returncode == 1
     assert re.search(
-        r"^FAILED +vLLM +0.99.0\+cpu, .* works with <0.33,>=0.26\. ", result.stdout, re.M
+        r"^FAILED +vLLM +0.99.0\+cpu, .* works with <0.34,>=0.26\. ", result.stdout, re.M
     )
 
 

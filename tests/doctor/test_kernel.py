@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from orthorank_vllm.doctor import kernel
 from tests.support.scripts import Script
@@ -18,6 +19,16 @@ def test_the_kernel_is_compared_with_what_it_should_compute() -> None:
     """By Triton's interpreter. Break seen: pages in their order, whatever the table says."""
     script = Script(DIFFERENCE, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     assert script.answer < 2e-6
+
+
+@pytest.mark.parametrize("found", [(math.nan, 0.0), (0.0, math.nan)])
+def test_no_difference_hides_behind_another(
+    monkeypatch: pytest.MonkeyPatch, found: tuple[float, float]
+) -> None:
+    """Break seen: Python's `max`, which may drop a NaN."""
+    differences = iter(found)
+    monkeypatch.setattr(kernel, "_difference", lambda *_: next(differences))
+    assert math.isnan(kernel.largest_difference("cpu", torch.float32))
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ OPTIONS = {
 SERVE_ROUNDED = """
 import torch
 from transformers import AutoModelForCausalLM
-from orthorank_vllm.model.forward import sink_states
+from orthorank_vllm.model.lost_sinks import sink_states
 from tests.support.models import with_int8_layers
 from tests.support.reference import Reference, Rule
 from tests.support.replay import Engine, Job

@@ -396,7 +396,10 @@ def test_a_rehearsal_runs_both_forwards_and_leaves_no_trace(
                 engine.model(torch.zeros(400, dtype=torch.int64), torch.arange(400))
     finally:
         hook.remove()
-    assert rows == [selected, 400, 400]
+    # Many prompts, and as many selected rows as there can be; then stock vLLM's forward, twice.
+    assert rows[0] == selected
+    assert selected < rows[1] < 400
+    assert rows[2:] == [400, 400]
     assert len(orthorank._sinks) == 0
     check(engine.run([Job(words.take(140), max_tokens=2)]), reference)
 

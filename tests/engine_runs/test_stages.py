@@ -45,7 +45,7 @@ def stage(start, end):
     return made
 
 class Pipeline:
-    needs_profile_run = False
+    needs_profile_run = needs_warm_up = False
 
     def __init__(self, first_of_second):
         self.stages = [stage(0, first_of_second), stage(first_of_second, len(whole.layers))]

@@ -44,3 +44,11 @@ def test_everything_is_missing_after_the_weights_change(table: SinkTable) -> Non
     table.reserve([1, 2])
     table.clear()
     assert table.reserve([1, 2])[1] == [1, 2]
+
+
+def test_the_table_may_be_written_to_wherever_it_was_made() -> None:
+    """Break seen: made in a forward, and so a tensor for inference alone."""
+    table = SinkTable(1, 2, 4, torch.float32, torch.device("cpu"))
+    with torch.inference_mode():
+        assert not table.rows.any()
+    table.rows.fill_(1)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orthorank_vllm.selection.plan import Batch, Plan, make_plan, profile_run_batch
+from orthorank_vllm.selection.plan import Batch, Plan, make_plan, profile_run_batches
 
 THIRD = 1 / 3
 
@@ -246,7 +246,9 @@ def test_the_rehearsed_plan_selects_no_less_than_that_of_one_prompt_as_long(
     tokens: int, most: int, tail: int, keeps: list[float]
 ) -> None:
     """Guards against: prompts so short that all of them are tail, and so no plan at all."""
-    rehearsed = profile_run_batch(tokens, most, keeps, tail)
+    rehearsed, again = profile_run_batches(tokens, most, keeps, tail)
+    assert again.query_len.sum() == tokens
+    assert (make_plan(again, keeps, 128, tail) is None) <= (tokens <= 11 + tail)
     assert rehearsed.query_len.sum() == tokens
     assert len(rehearsed.query_len) <= most
     assert rehearsed.wants_all_rows

@@ -3,14 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from orthorank_vllm.selection.plan import Batch, Plan, make_plan
 from orthorank_vllm.selection.topk import (
     SegmentedTopK,
+    pack,
     score,
     select_by_numpy,
     select_by_torch,
     to_device,
+    unpack,
 )
 
 
@@ -125,3 +129,12 @@ def test_every_array_arrives_whole_and_in_order(device: str) -> None:
     found = to_device(arrays, torch.device(device))
     assert [tensor.tolist() for tensor in found] == [array.tolist() for array in arrays]
     assert {tensor.dtype for tensor in found} == {torch.int64}
+
+
+@settings(max_examples=50)
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8))
+def test_arrays_in_one_copy_are_whole_and_each_begins_at_sixteen_bytes(lengths: list[int]) -> None:
+    arrays = [np.arange(n, dtype=np.int64) + 10 * i for i, n in enumerate(lengths)]
+    found = unpack(torch.from_numpy(pack(arrays)), arrays)
+    assert [tensor.tolist() for tensor in found] == [array.tolist() for array in arrays]
+    assert all(tensor.storage_offset() % 2 == 0 for tensor in found)

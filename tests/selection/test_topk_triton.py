@@ -10,6 +10,7 @@ from triton.compiler import ASTSource
 
 from orthorank_vllm.selection import topk_triton
 from orthorank_vllm.selection.topk_triton import LARGEST_WINDOW, SCORE_COLUMNS, SCORE_ROWS
+from tests.support.ptxas import use_of
 from tests.support.scripts import Script
 
 COMPARE = """
@@ -26,6 +27,22 @@ def test_the_kernels_select_what_the_sort_selects() -> None:
     assert share == 0
 
 
+def compiled(kernel: str, types: dict[str, str], constants: dict[str, int], capability: int) -> Any:
+    """Of arrays that begin at 16 bytes, as those of a step do."""
+    function: Any = getattr(topk_triton, kernel)
+    signature, aligned = {}, {}
+    for index, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = types.get(name, "*i64")
+            aligned[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+    source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+
+
 @pytest.mark.parametrize("capability", [80, 89, 90])
 @pytest.mark.parametrize(
     ("kernel", "types", "constants"),
@@ -39,19 +56,12 @@ def test_the_kernels_select_what_the_sort_selects() -> None:
         ("_select", {"score_ptr": "*fp32"}, {"SIZE": LARGEST_WINDOW}),
     ],
 )
-def test_the_kernels_compile(
+def test_the_kernels_compile_and_all_that_they_hold_fits_into_registers(
     kernel: str, types: dict[str, str], constants: dict[str, int], capability: int
 ) -> None:
-    function: Any = getattr(topk_triton, kernel)
-    signature = {
-        name: "constexpr"
-        if name in constants
-        else types.get(name, "*i64" if name.endswith("_ptr") else "i32")
-        for name in function.arg_names
-    }
-    source = ASTSource(function, signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert compiled.asm["cubin"]
+    """Break seen: a window of 512, of which 12 KB a thread go to memory."""
+    found = use_of(compiled(kernel, types, constants, capability), capability)
+    assert found.spilled == 0, found
 
 
 def test_a_sort_is_left_to_windows_too_large_to_compare_all_with_all() -> None:

@@ -6,11 +6,13 @@ imported, so in a process of its own), which does not multiply bfloat16.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import numpy as np
 import torch
 
-from orthorank_vllm.attention.paged_kernel import PagedCache, attend, make_tiles, queries_per_tile
+from orthorank_vllm.attention import tiles
+from orthorank_vllm.attention.paged_kernel import PagedCache, attend
 from orthorank_vllm.selection.plan import Batch, Ints
 
 SCALE = 0.15
@@ -24,6 +26,7 @@ class Case:
         requests: context, tokens of this forward, and whether they are all selected (a third is
             otherwise, the last always).
         is_hnd: pages with the heads outside, and not with the slots outside.
+        split_keys: keys beyond which few queries share them among programs; 0: as it is.
     """
 
     requests: tuple[tuple[int, int, bool], ...] = ((0, 150, False),)
@@ -36,6 +39,7 @@ class Case:
     softcap: float = 0.0
     dtype: str = "float32"
     fp8: str = ""
+    split_keys: int = 0
 
 
 Attend = Callable[[Batch, Ints, torch.Tensor, torch.Tensor, PagedCache], torch.Tensor]
@@ -51,12 +55,13 @@ def run(case: Case, device: str = "cpu") -> float:
         positions: torch.Tensor,
         cache: PagedCache,
     ) -> torch.Tensor:
-        size = queries_per_tile(case.heads // case.kv_heads)
-        tiles = make_tiles(rows_per_request, batch.num_computed, batch.query_len, size)
+        size = tiles.queries_per_tile(case.heads // case.kv_heads)
         return attend(
             query,
             positions,
-            torch.from_numpy(tiles).to(device),
+            tiles.make_tiles(
+                rows_per_request, batch.num_computed, batch.query_len, size, query.device
+            ),
             cache,
             SCALE,
             case.window,
@@ -79,7 +84,9 @@ def difference(case: Case, attend_in: Attend, device: str = "cpu") -> float:
     query = torch.randn(len(positions), case.heads, case.head_size).to(dtype)
 
     batch = Batch(context, query_len, context + query_len, context)
-    output = attend_in(batch, rows_per_request, query.to(device), positions.to(device), cache).cpu()
+    with mock.patch.object(tiles, "SPLIT_KEYS", case.split_keys or tiles.SPLIT_KEYS):
+        output = attend_in(batch, rows_per_request, query.to(device), positions.to(device), cache)
+    output = output.cpu()
 
     group = case.heads // case.kv_heads
     worst = 0.0
@@ -185,6 +192,17 @@ CASES = {
     "capped scores": Case(((0, 60, False),), softcap=2.0),
     "sixteen bits": Case(MIXED, dtype="float16"),
     "fp8 pages": Case(MIXED, kv_heads=2, fp8="one scale", dtype="float16"),
+    "keys in parts": Case(MIXED, kv_heads=2, split_keys=20),
+    "keys in parts, one decoding request": Case(((300, 1, True),), kv_heads=2, split_keys=70),
+    "keys in parts, more of them than keys": Case(((3, 2, True),), split_keys=1),
+    "keys in parts, guesses to verify": Case(((190, 5, True), (0, 60, False)), split_keys=64),
+    "keys in parts, a window of 40": Case(MIXED, window=40, split_keys=20),
+    "keys in parts, heads of 80": Case(MIXED, head_size=80, heads=3, split_keys=30),
+    "keys in parts, capped scores": Case(((200, 3, True),), softcap=2.0, split_keys=64),
+    "keys in parts, sixteen bits": Case(MIXED, dtype="float16", split_keys=40),
+    "keys in parts, fp8 pages": Case(
+        MIXED, kv_heads=2, fp8="per head", dtype="float16", split_keys=30
+    ),
     "fp8 pages, a scale for each head": Case(MIXED, kv_heads=2, fp8="per head", page=32),
 }
 

@@ -7,6 +7,7 @@ from orthorank_vllm.options import DEFAULT_KEEP, DEFAULT_TAIL, DEFAULT_WINDOW
 from orthorank_vllm.selection.plan import Batch, make_plan
 from orthorank_vllm.selection.topk import SegmentedTopK, score, select
 from orthorank_vllm.selection.topk_triton import SegmentedTopKTriton
+from tests.support.random_batches import random_batch
 
 HIDDEN = 70
 CPU = torch.device("cpu")
@@ -15,12 +16,7 @@ CPU = torch.device("cpu")
 def differing(seed: int) -> list[str]:
     """What is not the same for random batches, states and windows; ties among the scores too."""
     random = np.random.default_rng(seed)
-    requests = int(random.integers(1, 6))
-    prompt = random.integers(1, 200, requests)
-    computed = np.where(random.random(requests) < 0.5, 0, random.integers(0, 220, requests))
-    query = random.integers(1, 160, requests)
-    computed, query, prompt = (array.astype(np.int64) for array in (computed, query, prompt))
-    batch = Batch(computed, query, prompt, first_token=prompt)
+    batch = random_batch(random)
     window, tail = int(random.choice([1, 3, 16, 100, 128])), int(random.choice([1, 8, 64]))
     keeps = random.choice([0.0, 0.1, 1 / 3, 0.8], size=2, replace=False).tolist()
     plan = make_plan(batch, keeps, window, tail)
