@@ -99,7 +99,7 @@ class SegmentedTopKTriton:
             ROWS=SCORE_ROWS,
             COLUMNS=SCORE_COLUMNS,
         )
-        return self._select(scores)
+        return self._selected(scores)
 
     def rows_by_error(self, errors: torch.Tensor) -> torch.Tensor:
         """Rows to update, ascending: those of which most would be missed.
@@ -107,9 +107,9 @@ class SegmentedTopKTriton:
         Args:
             errors: see `topk.score_errors`.
         """
-        return self._select(score_errors(errors, self.candidates))
+        return self._selected(score_errors(errors, self.candidates))
 
-    def _select(self, scores: torch.Tensor) -> torch.Tensor:
+    def _selected(self, scores: torch.Tensor) -> torch.Tensor:
         rows = self.forced_rows.clone()
         _select[(len(self.segments) // 4,)](
             rows, scores, self.candidates, self.segments, SIZE=triton.next_power_of_2(self.window)

@@ -115,9 +115,8 @@ class Model:
 
 
 def stand_in() -> FusedStandIn:
-    return StandIn(
-        torch.randn(HIDDEN, RANK), torch.randn(RANK, HIDDEN), torch.randn(HIDDEN)
-    ).fused()
+    parts = torch.randn(HIDDEN, RANK), torch.randn(RANK, HIDDEN), torch.randn(HIDDEN)
+    return StandIn(*parts).fused(torch.device("cpu"), torch.float32)
 
 
 def batch(*requests: tuple[int, int, int], reads_all: bool = True) -> Batch:

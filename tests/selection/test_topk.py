@@ -109,6 +109,14 @@ def test_each_keep_selects_its_own_share_of_the_same_scores() -> None:
     assert SegmentedTopK.of(plan, torch.device("cpu")).keys() == {0.5, 0.25}
 
 
+def test_the_largest_errors_of_each_window_are_selected_however_large() -> None:
+    """Break seen: all above 103 alike, whose exponentials float32 does not hold."""
+    plan = prompt_plan(9, 0.5, window=4)
+    [top_k] = SegmentedTopK.of(plan, torch.device("cpu")).values()
+    errors = torch.tensor([0.0, -3.0, 79.0, -79.0, 2.0, 1.0, 300.0, 0.5, 9.0])
+    assert top_k.rows_by_error(errors).tolist() == [0, 1, 2, 4, 6, 8]
+
+
 @pytest.mark.parametrize("scores", [[0.0, 1e-30, 1e-38, 1e-45, 0.5, 1.0, 1.0000001]])
 def test_scores_are_ordered_down_to_the_smallest_float(scores: list[float]) -> None:
     plan = prompt_plan(len(scores), 0.4, window=0, computed=3, total=99)

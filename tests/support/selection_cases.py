@@ -37,6 +37,12 @@ def differing(seed: int) -> list[str]:
         found = kernels[keep].rows(residual, table, slots).tolist()
         if found != expected:
             wrong.append(f"seed {seed}: keep {keep}, window {window}, {found} for {expected}")
+        errors = torch.randint(-3, 4, (plan.num_tokens,)).float() * 40
+        expected, found = (
+            kind[keep].rows_by_error(errors).tolist() for kind in (sorted_out, kernels)
+        )
+        if found != expected:
+            wrong.append(f"seed {seed}: keep {keep}, by error, {found} for {expected}")
     return wrong
 
 
