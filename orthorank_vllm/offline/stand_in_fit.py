@@ -131,7 +131,7 @@ def fit_all(
         held_back: other texts, by which the strength of the ridge is chosen.
     """
     decoder = Decoder(causal_lm.model)
-    fitting, checking = _started(causal_lm, texts), _started(causal_lm, held_back)
+    fitting, checking = start_walks(causal_lm, texts), start_walks(causal_lm, held_back)
     stand_ins = {}
     for index, layer in decoder.layers.items():
         moments = _through(fitting, index, layer.input_norm)
@@ -144,7 +144,7 @@ def fit_all(
 
 
 @dataclass
-class _Walk:
+class Walk:
     """Texts of one forward on their way through the dense model.
 
     Attributes:
@@ -157,27 +157,32 @@ class _Walk:
     residual: torch.Tensor
     rows: torch.Tensor
 
+    def through(self, index: int) -> None:
+        """Take the texts through a layer."""
+        self.entering = self.residual
+        self.residual = self.forward.through(self.entering.clone(), [index], {})
+
     def seen_and_added(self, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """What that layer saw of the rows, by its norm, and what it added: [rows, hidden]."""
         normed, _ = add_and_norm(norm, self.entering.clone(), None)
         return normed[self.rows], (self.residual - self.entering)[self.rows]
 
 
-def _started(causal_lm: Any, texts: Sequence[Sequence[int]]) -> list[_Walk]:
+def start_walks(causal_lm: Any, texts: Sequence[Sequence[int]]) -> list[Walk]:
+    """Some texts at the first layer, as many together as make a good forward."""
     walks = []
     for indices in packed(map(len, texts), TOKENS_PER_FORWARD):
         forward = Forward(causal_lm, [texts[index] for index in indices], Method())
         rows = forward.texts.positions.nonzero()[:, 0]
         embedded = forward.embed()
-        walks.append(_Walk(forward, embedded, embedded, rows))
+        walks.append(Walk(forward, embedded, embedded, rows))
     return walks
 
 
-def _through(walks: Sequence[_Walk], index: int, norm: Any) -> Moments:
-    """Take the texts through a layer."""
+def _through(walks: Sequence[Walk], index: int, norm: Any) -> Moments:
+    """Take all texts through a layer, and sum what it sees of them and adds."""
     found = []
     for walk in walks:
-        walk.entering = walk.residual
-        walk.residual = walk.forward.through(walk.entering.clone(), [index], {})
+        walk.through(index)
         found.append(Moments.of(*walk.seen_and_added(norm)))
     return sum(found[1:], found[0])

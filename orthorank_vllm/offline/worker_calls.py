@@ -29,7 +29,7 @@ from orthorank_vllm.selection.method import Method
 _Answer = TypeVar("_Answer")
 
 
-def _in_forward_context(function: Callable[..., _Answer]) -> Callable[..., _Answer]:
+def in_forward_context(function: Callable[..., _Answer]) -> Callable[..., _Answer]:
     """Run a call in the context in which vLLM runs a model: there experts are looked up by name."""
 
     @functools.wraps(function)
@@ -40,7 +40,7 @@ def _in_forward_context(function: Callable[..., _Answer]) -> Callable[..., _Answ
     return in_context
 
 
-@_in_forward_context
+@in_forward_context
 def use_texts(
     worker: Any, name: str, texts: Sequence[Answered], method: Method, keeps: Sequence[float]
 ) -> list[AnswerLoss] | None:
@@ -61,7 +61,7 @@ def use_texts(
     return list(itertools.chain.from_iterable(told)) if len(told) == len(answers) else None
 
 
-@_in_forward_context
+@in_forward_context
 def start_step(worker: Any, name: str, chosen: Mapping[int, float]) -> None:
     """Start over, with some layers chosen already, each with its keep."""
     num_layers = len(worker.get_model().model.layers)
@@ -69,7 +69,7 @@ def start_step(worker: Any, name: str, chosen: Mapping[int, float]) -> None:
     worker.orthorank_step = ServedStep(_kept(worker)[name], chosen, num_layers, stand_ins)
 
 
-@_in_forward_context
+@in_forward_context
 def losses_with(worker: Any, more: Mapping[int, float]) -> list[AnswerLoss] | None:
     """Each text's loss with more layers chosen; the lowest of them in ascending order."""
     losses: list[AnswerLoss] | None = worker.orthorank_step.losses_with(more)
@@ -83,7 +83,7 @@ def _kept(worker: Any) -> dict[str, list[DenseAnswers]]:
     return texts
 
 
-@_in_forward_context
+@in_forward_context
 def score_texts(
     worker: Any,
     texts: Sequence[Sequence[int]],
@@ -105,7 +105,7 @@ def score_texts(
     return forward.log_probs(residual, first_scored)
 
 
-@_in_forward_context
+@in_forward_context
 def cosines_to_sink(worker: Any, text: Sequence[int]) -> list[list[float]]:
     """|cos| between each token's residual stream and the sink's, dense: [layers][positions]."""
     model = worker.get_model()
@@ -119,7 +119,7 @@ def cosines_to_sink(worker: Any, text: Sequence[int]) -> list[list[float]]:
     return rows
 
 
-@_in_forward_context
+@in_forward_context
 def fit_stand_ins(
     worker: Any, texts: Sequence[Sequence[int]], held_back: Sequence[Sequence[int]]
 ) -> dict[int, StandIn]:
