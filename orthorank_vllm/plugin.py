@@ -150,21 +150,21 @@ def _calibrate_at_start() -> None:
 
 def _keep_tails_out_of_the_prefix_cache() -> None:
     # Why: a prompt's tail may lie in blocks that a longer prompt filled without computing those
-    # rows, and vLLM has no interface for how far a prompt may be reused.
+    # rows, and vLLM has no interface for how far a prompt may be reused, or left for others.
     # Breaks on: a scheduler that looks its requests up elsewhere (other classes are refused).
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from orthorank_vllm.engine.configure import options_in
-    from orthorank_vllm.engine.prefix_cache import keep_tails_out, tail_of
+    from orthorank_vllm.config import OrthoRankConfig
+    from orthorank_vllm.engine.prefix_cache import keep_tails_out
 
     original = Scheduler.__init__
 
     @functools.wraps(original)
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, *args, **kwargs)
-        tail = tail_of(options_in(vllm_config.additional_config))
-        if tail is not None:
-            keep_tails_out(self.kv_cache_manager, tail)
+        config = OrthoRankConfig.of_engine(vllm_config.additional_config)
+        if config is not None:
+            keep_tails_out(self.kv_cache_manager, config)
 
     Scheduler.__init__ = __init__
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
-from orthorank_vllm.options import ENDPOINT, OFFLINE, Option, OptionError, checked_mapping
+from orthorank_vllm.options import ALIGNED, ENDPOINT, OFFLINE, Option, OptionError, checked_mapping
 
 STATUS_ROUTE = "orthorank_vllm.engine.endpoint.StatusRoute"
 
@@ -29,9 +29,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
     for option in OFFLINE.values():
+        # vLLM's reader of `--config` files makes a word without a value of YAML's bare `on`.
+        alone: dict[str, Any] = {"nargs": "?", "const": True} if option is ALIGNED else {}
         group.add_argument(
-            option.flag, type=_type(option), default=argparse.SUPPRESS, help=option.help
+            option.flag, type=_type(option), default=argparse.SUPPRESS, help=option.help, **alone
         )
+    # And this one of a bare `off`, which it would leave out.
+    group.add_argument(
+        ALIGNED.flag.replace("--", "--no-", 1),
+        dest=ALIGNED.flag[2:].replace("-", "_"),
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )
     # vLLM's own interface for what a server is to do beside its routes.
     group.add_argument(
         ENDPOINT.flag,

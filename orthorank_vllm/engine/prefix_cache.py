@@ -1,17 +1,21 @@
-"""How much of a prompt may come from the prefix cache: nothing of its tail.
+"""How much of a prompt may come from the prefix cache, and be left there for others.
 
-Rows of a prompt's tail may lie in blocks that a longer prompt filled, in whose middle they were
-not computed. vllm/v1/core/kv_cache_manager.py: a lookup goes up to a length, and every kind of
-attention makes of that what it can resume at.
+Nothing of its tail: rows of it may lie in blocks that a longer prompt filled, in whose middle they
+were not computed. Where prompts are aligned, whole windows before the tail, and no prompt leaves
+more: in what follows, its own tail among it, other tokens are computed than in a longer prompt.
+
+vllm/v1/core/kv_cache_manager.py: a lookup goes up to a length, and every kind of attention makes of
+that what it can resume at; `cache_blocks` is told up to where a request's blocks may be found.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from orthorank_vllm.config import OrthoRankConfig
+from orthorank_vllm.selection.borders import Borders
 
 
-def keep_tails_out(manager: Any, tail: int) -> None:
+def keep_tails_out(manager: Any, config: OrthoRankConfig) -> None:
     """Let every request that `manager` serves compute the tail of its prompt by itself.
 
     A preempted request's tail, and what follows it, is computed again: its own blocks cannot be
@@ -19,38 +23,42 @@ def keep_tails_out(manager: Any, tail: int) -> None:
 
     Args:
         manager: vLLM's `KVCacheManager`; other engines' in this process stay as they are.
-        tail: last tokens of a prompt that every layer computes.
     """
+    if not (config.layers or config.to_choose):
+        return
     coordinator = manager.coordinator
     get_computed_blocks = manager.get_computed_blocks
     find_longest_cache_hit = coordinator.find_longest_cache_hit
+    cache_blocks = coordinator.cache_blocks
+    borders = config.borders
+    window, tail = borders or Borders(1, config.tail)
     most = 0
 
     def without_tail(request: Any) -> Any:
         nonlocal most
         most = max(request.num_prompt_tokens - tail, 0)
         found = get_computed_blocks(request)
-        if found[1] > most:
+        if found[1] > most or found[1] % window:
             raise RuntimeError(
-                f"OrthoRank's tail would come from the prefix cache: vLLM reuses {found[1]} of "
-                f"{request.num_prompt_tokens} prompt tokens, and at most {most} were to be"
+                f"OrthoRank's tail or a part of a window would come from the prefix cache: vLLM "
+                f"reuses {found[1]} of {request.num_prompt_tokens} prompt tokens, and at most "
+                f"{most} were to be, in windows of {window}"
             )
         return found
 
     def up_to_tail(block_hashes: Sequence[Any], max_cache_hit_length: int) -> Any:
-        return find_longest_cache_hit(block_hashes, min(max_cache_hit_length, most))
+        found = find_longest_cache_hit(block_hashes, min(max_cache_hit_length, most))
+        # Again and again: what a shorter hit can be is for each kind of attention to say.
+        while beyond := found[1] % window:
+            found = find_longest_cache_hit(block_hashes, found[1] - beyond)
+        return found
 
     manager.get_computed_blocks = without_tail
     coordinator.find_longest_cache_hit = up_to_tail
+    if borders is not None:
+        shared = borders.shared
 
+        def of_whole_windows(request: Any, num_computed_tokens: int) -> None:
+            cache_blocks(request, min(num_computed_tokens, shared(request.num_prompt_tokens)))
 
-def tail_of(settings: Any) -> int | None:
-    """The tail to keep out, None where there is no layer that skips tokens.
-
-    Args:
-        settings: `options_in` of an engine that is configured.
-    """
-    if not settings:
-        return None
-    config = OrthoRankConfig.from_dict(settings)
-    return config.tail if config.layers or config.to_choose else None
+        coordinator.cache_blocks = of_whole_windows
