@@ -78,17 +78,20 @@ def _read_flags() -> None:
 
 def _read_lists() -> None:
     # Why: of a list in a `--config` file our flag would get the first item, and the last would
-    # become the model's name.
+    # become the model's name; a bare `off` would be left out.
     # Breaks on: a file that is read elsewhere (a list is then taken as it was).
+    import yaml
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from orthorank_vllm.engine.flags import joined_lists
+    from orthorank_vllm.engine.flags import joined_lists, switched_off
 
     original = FlexibleArgumentParser.load_config_file
 
     @functools.wraps(original)
-    def load_config_file(self: Any, *args: Any, **kwargs: Any) -> list[str]:
-        return joined_lists(original(self, *args, **kwargs))
+    def load_config_file(self: Any, file_path: str) -> list[str]:
+        words = joined_lists(original(self, file_path))
+        with open(file_path) as file:
+            return words + switched_off(yaml.safe_load(file))
 
     FlexibleArgumentParser.load_config_file = load_config_file
 

@@ -26,11 +26,15 @@ def rivals(start: int, end: int, prompt_len: int, borders: Borders) -> set[froze
 def test_however_a_prompt_is_cut_the_same_tokens_compete(
     data: st.DataObject, borders: Borders, prompt_len: int
 ) -> None:
-    """Breaks seen: chunks that may end one token before the tail; a chunk that begins amid a window
-    and ends so."""
-    start, found = 0, set()
+    """Breaks seen: chunks that may end one token before the tail, and anywhere where there is no
+    room for a window."""
+    start, last, found = 0, prompt_len - borders.tail, set()
     while start < prompt_len:
-        room = min(data.draw(st.integers(1, 80)), prompt_len - start)
+        # Around the tail's beginning too.
+        end = data.draw(
+            st.integers(1, 80).map(start.__add__) | st.integers(-2, 2).map(last.__add__)
+        )
+        room = min(max(end - start, 1), prompt_len - start)
         chunk = borders.chunk(start, room, prompt_len)
         assert 0 <= chunk <= room
         found |= rivals(start, start + chunk, prompt_len, borders)
