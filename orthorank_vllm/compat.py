@@ -28,6 +28,7 @@ SEAMS = (
     "vllm.v1.executor.abstract:Executor.__init__",
     "vllm.v1.executor.abstract:Executor.collective_rpc",
     "vllm.v1.core.sched.scheduler:Scheduler.__init__",
+    "vllm.v1.core.sched.scheduler:Scheduler.add_request",
     "vllm.v1.core.sched.scheduler:Scheduler._mamba_block_aligned_split",
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks",

@@ -167,7 +167,7 @@ def _keep_tails_out_of_the_prefix_cache() -> None:
         original(self, vllm_config, *args, **kwargs)
         config = OrthoRankConfig.of_engine(vllm_config.additional_config)
         if config is not None:
-            keep_tails_out(self.kv_cache_manager, config)
+            keep_tails_out(self.kv_cache_manager, config, self.block_size)
 
     Scheduler.__init__ = __init__
 

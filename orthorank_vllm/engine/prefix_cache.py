@@ -3,11 +3,15 @@
 Nothing of its tail: rows of it may lie in blocks that a longer prompt filled, in whose middle they
 were not computed. Where prompts are aligned, whole windows before the tail, and no prompt leaves
 more: in what follows, its own tail among it, other tokens are computed than in a longer prompt.
+And a block of a window is found by all of the window's tokens, those after the block too: they
+competed with its own.
 
 vllm/v1/core/kv_cache_manager.py: a lookup goes up to a length, and every kind of attention makes of
 that what it can resume at; `cache_blocks` is told up to where a request's blocks may be found.
 """
 
+import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +19,26 @@ from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.selection.borders import Borders
 
 
-def keep_tails_out(manager: Any, config: OrthoRankConfig) -> None:
+def shared_borders(borders: Borders, block_size: int) -> Borders:
+    """The ends of windows that are ends of blocks as well."""
+    return borders._replace(window=math.lcm(borders.window, block_size))
+
+
+def hashes_of_windows(block_hashes: Sequence[bytes], blocks_per_window: int) -> list[bytes]:
+    """A prompt's hashes, those of each whole window's blocks made of its last one's.
+
+    vLLM's hash of a block is one of all tokens up to the block's end.
+    """
+    hashes = list(block_hashes)
+    for end in range(blocks_per_window, len(hashes) + 1, blocks_per_window):
+        window = block_hashes[end - 1]
+        for block in range(blocks_per_window):
+            digest = hashlib.sha256(window + block.to_bytes(4, "big")).digest()
+            hashes[end - blocks_per_window + block] = digest
+    return hashes
+
+
+def keep_tails_out(manager: Any, config: OrthoRankConfig, block_size: int) -> None:
     """Let every request that `manager` serves compute the tail of its prompt by itself.
 
     A preempted request's tail, and what follows it, is computed again: its own blocks cannot be
@@ -23,6 +46,7 @@ def keep_tails_out(manager: Any, config: OrthoRankConfig) -> None:
 
     Args:
         manager: vLLM's `KVCacheManager`; other engines' in this process stay as they are.
+        block_size: the scheduler's.
     """
     if not (config.layers or config.to_choose):
         return
@@ -30,7 +54,7 @@ def keep_tails_out(manager: Any, config: OrthoRankConfig) -> None:
     get_computed_blocks = manager.get_computed_blocks
     find_longest_cache_hit = coordinator.find_longest_cache_hit
     cache_blocks = coordinator.cache_blocks
-    borders = config.borders
+    borders = config.borders and shared_borders(config.borders, block_size)
     window, tail = borders or Borders(1, config.tail)
     most = 0
 

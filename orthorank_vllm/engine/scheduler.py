@@ -1,4 +1,4 @@
-"""vLLM's schedulers, whose chunks of prompts end on windows' borders.
+"""vLLM's schedulers, whose chunks of prompts end, and whose prefixes are found, by windows.
 
 vllm/v1/core/sched/scheduler.py: `schedule` asks `_mamba_block_aligned_split`, where models with
 Mamba's states need it, how much of what there is room for is to be computed. A request of which
@@ -11,12 +11,15 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from orthorank_vllm.config import OrthoRankConfig
+from orthorank_vllm.engine.prefix_cache import hashes_of_windows, shared_borders
 
 
 class AlignedChunks:
     """Put before a scheduler of vLLM's."""
 
     vllm_config: Any
+    block_size: int
+    hash_block_size: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -30,6 +33,14 @@ class AlignedChunks:
                 "OrthoRank's chunks would not be aligned: vLLM splits them otherwise"
             )
         self.need_mamba_block_aligned_split = True
+
+    def add_request(self, request: Any) -> None:
+        if self.need_mamba_block_aligned_split and self._borders is not None:
+            window, _ = shared_borders(self._borders, self.block_size)
+            request.block_hashes[:] = hashes_of_windows(
+                request.block_hashes, window // self.hash_block_size
+            )
+        super().add_request(request)  # type: ignore[misc]
 
     def _mamba_block_aligned_split(
         self,
