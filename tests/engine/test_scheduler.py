@@ -1,5 +1,6 @@
 """vLLM's own scheduler with chunks that end on windows' borders; only the model is left out."""
 
+import math
 from typing import Any
 
 import pytest
@@ -101,6 +102,34 @@ def test_a_window_of_which_a_block_is_lost_is_computed_as_a_whole(model_path: st
     reused = server.serve(LONG)
     assert 0 < reused < BORDERS.shared(len(LONG))
     assert reused % WINDOW == 0
+
+
+def test_a_block_of_a_window_that_ends_otherwise_is_not_taken(model_path: str) -> None:
+    """Its tokens competed with others.
+
+    Break seen: vLLM's own hashes, by which a window is put together of two prompts' blocks.
+    """
+    server = Server(model_path, CHOOSES, [FULL])
+    prompts = LONG[:200], [*LONG[:100], *range(100)]
+    assert [server.serve(prompt) for prompt in prompts] == [0, WINDOW]
+    again = [server.add(prompt, max_tokens=9) for prompt in prompts]
+    server.step()
+    manager = server.scheduler.kv_cache_manager
+    one, other = (manager.get_block_ids(request.request_id)[0] for request in again)
+    assert [server.reused[request.request_id] for request in again] == [[128], [128]]
+    whole = WINDOW // BLOCK
+    assert one[:whole] == other[:whole]
+    assert not {*one[whole:]} & {*other[whole:]}
+
+
+@pytest.mark.parametrize("window", [16, 40, 64, 100])
+def test_windows_that_end_amid_blocks_are_reused_where_both_end(
+    model_path: str, window: int
+) -> None:
+    server = Server(model_path, {**CHOOSES, "window": window}, [FULL])
+    server.serve(LONG)
+    unit = math.lcm(window, BLOCK)
+    assert server.serve(LONG) == (len(LONG) - TAIL) // unit * unit > 0
 
 
 def test_where_no_layer_chooses_chunks_end_anywhere_and_only_tails_are_kept_apart(

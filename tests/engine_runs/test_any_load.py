@@ -37,7 +37,7 @@ beginnings = [words(200) for _ in range(8)]
 
 def drawn():
     prompt = draw.choice(beginnings)[: draw.randrange(200)] + words(draw.randrange(1, 80))
-    return prompt, draw.choice([2, 2, 40])
+    return prompt, draw.choice([2, 2, 30])
 
 texts = [drawn() for _ in range(count)]
 def jobs():
@@ -105,20 +105,23 @@ def served(folder: str, count: int, aligned: str = "on", **options: Any) -> dict
     ).answer
     # Float noise might have turned few choices.
     assert found["near"] < count / 10, found
-    assert min(found["cached"], found["resumed"], found["cut"]) > count / 20, found
+    assert min(found["cached"], found["cut"]) > count / 10, found
     return found
 
 
 def test_what_is_computed_of_a_prompt_is_the_same_in_a_crowd_as_alone(folder: str) -> None:
+    """Break seen: vLLM's own hashes, by which a window's first block is taken from a prompt whose
+    window goes on otherwise: four answers off by up to 0.03 nats, with the same choices."""
     found = served(folder, 200)
+    assert found["resumed"] > 3, found
     assert found["otherwise"] == 0, found
     assert found["texts"] == 0, found
     assert found["worst"] < TOLERANCE, found
 
 
 def test_and_so_it_is_where_tokens_are_guessed(folder: str) -> None:
-    found = served(folder, 60, speculative_config=NGRAM)
-    assert found["guessed"] > 3, found
+    found = served(folder, 20, speculative_config=NGRAM)
+    assert found["guessed"] > 2, found
     assert found["otherwise"] == 0, found
     assert found["texts"] == 0, found
     assert found["worst"] < TOLERANCE, found
@@ -126,6 +129,6 @@ def test_and_so_it_is_where_tokens_are_guessed(folder: str) -> None:
 
 def test_unaligned_it_depends_on_who_else_is_served(folder: str) -> None:
     """What the others would not be seen without."""
-    found = served(folder, 60, aligned="off")
-    assert found["otherwise"] > 10, found
+    found = served(folder, 20, aligned="off")
+    assert found["otherwise"] > 5, found
     assert found["worst"] > 100 * TOLERANCE, found
