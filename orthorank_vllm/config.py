@@ -8,6 +8,7 @@ from typing import Any
 
 from orthorank_vllm.options import RATIO, LayerKeep, at_most
 from orthorank_vllm.profiles import Cost, MeasuredRule, Profile
+from orthorank_vllm.selection.borders import Borders
 
 # An expected loss above the one, or a share of found numbers below the other, is worth a warning.
 MUCH_LOSS = 0.1
@@ -32,6 +33,7 @@ class OrthoRankConfig:
     Attributes:
         ratio_asked: None where layers were given without one, or the ratio is to be found.
         max_loss: what the ratio is to be found by; None where it is given.
+        aligned: whether prompts are to be cut at windows' ends alone; see `borders`.
         keep: of every layer, if given by hand.
         wants_stand_in: whether a profile is to bring what stands in for skipped updates.
         stand_in, stand_in_share: file of those maps, empty for none; see `Profile.share`.
@@ -49,6 +51,7 @@ class OrthoRankConfig:
     tail: int
     num_layers: int
     max_loss: float | None = None
+    aligned: bool = True
     keep: float | None = None
     wants_stand_in: bool = False
     stand_in: str = ""
@@ -79,6 +82,21 @@ class OrthoRankConfig:
         return tuple(dict.fromkeys(keep for _, keep in self.layers if keep is not None))
 
     @property
+    def borders(self) -> Borders | None:
+        """Where prompts may be cut; None where nothing is kept to.
+
+        Where no layer chooses, a prompt's tail is all that one cut can differ in from another. The
+        whole prompt as one window has no end that a chunk could end at.
+        """
+        window = self.window if any(self.keeps) else 1
+        return Borders(window, self.tail) if self.aligned and self.keeps and window else None
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether the same tokens of a prompt are computed under any load."""
+        return not self.keeps or self.borders is not None
+
+    @property
     def measured(self) -> bool:
         """Whether the layers were measured, or given by hand, and are all that was asked for."""
         return not self.remedy
@@ -86,6 +104,16 @@ class OrthoRankConfig:
     def as_dict(self) -> dict[str, Any]:
         """The configuration in JSON types: vLLM hashes its additional_config by `json.dumps`."""
         return {**asdict(self), "layers": [list(layer) for layer in self.layers]}
+
+    @classmethod
+    def of_engine(cls, additional_config: Any) -> "OrthoRankConfig | None":
+        """That of an engine that is configured; None where OrthoRank is off.
+
+        Args:
+            additional_config: vLLM's; any type, as vLLM leaves that open.
+        """
+        is_known = isinstance(additional_config, dict) and additional_config.get("orthorank")
+        return cls.from_dict(additional_config["orthorank"]) if is_known else None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "OrthoRankConfig":
@@ -189,6 +217,8 @@ class OrthoRankConfig:
             asked = f" (asked for {self.ratio_asked:.3g})"
         stand_in = f", stand-ins of {Path(self.stand_in).name}" if self.stand_in else ""
         window = f"window {self.window}" if self.window else "window: whole prompt"
+        if not self.is_aligned:
+            window += ", not aligned (what is computed of a prompt depends on load)"
         expected = "" if self.expected is None else f", expected loss {describe(self.expected)}"
         return (
             f"OrthoRank is active: ratio {self.ratio:.3f}{asked}, {window}, "

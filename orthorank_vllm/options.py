@@ -13,7 +13,7 @@ DEFAULT_WINDOW = 128
 DEFAULT_TAIL = 64
 DEFAULT_MAX_LOSS = 0.02
 AUTO = "auto"
-OFF = "off"
+ON, OFF = "on", "off"
 # What `attention` may be: ways for a sparse set of queries, see the package of that name.
 ATTENTION_BACKENDS = ("auto", "gather", "triton", "cpu")
 # Positions are counted in 32 bits on the way.
@@ -123,6 +123,11 @@ def _integer(value: object) -> int:
     return int(_of_type(value, int, str))
 
 
+def _switch(value: object) -> bool:
+    # YAML reads a bare `off` as false.
+    return value if isinstance(value, bool) else (OFF, ON).index(_of_type(value, str)) == 1
+
+
 def _layers(value: object) -> tuple[LayerKeep, ...]:
     items = value.split(",") if isinstance(value, str) else _of_type(value, Sequence)
     return tuple(LayerKeep.read(item) for item in items)
@@ -176,6 +181,15 @@ TAIL = Option(
     f"give a whole number of tokens from 1 to {MOST_WINDOW}",
     DEFAULT_TAIL,
 )
+ALIGNED = Option(
+    "aligned",
+    f"Whether prompts are cut into chunks, and reused, at windows' ends alone, so that the same "
+    f"tokens of a prompt are computed under any load: {ON} or {OFF} (default: {ON}).",
+    _switch,
+    lambda _: True,
+    f"give {ON} or {OFF}",
+    True,
+)
 LAYERS = Option(
     "layers",
     "The selective layers, each with its keep if it is to have its own, such as 29:0,26:0,12:1/4 "
@@ -223,7 +237,7 @@ ENDPOINT = Option(
     "endpoint", "Let the server answer GET /orthorank: what it runs and has counted, as JSON."
 )
 OPTIONS = (
-    *(RATIO, MAX_LOSS, KEEP, WINDOW, TAIL, STAND_IN, LAYERS),
+    *(RATIO, MAX_LOSS, KEEP, WINDOW, TAIL, ALIGNED, STAND_IN, LAYERS),
     *(PROFILE, CALIBRATE_SECONDS, ATTENTION, ENDPOINT),
 )
 OFFLINE = {option.name: option for option in OPTIONS if option.read is not None}
@@ -253,6 +267,7 @@ class Options:
     keep: float | None
     window: int
     tail: int
+    aligned: bool
     stand_in: str
     layers: tuple[LayerKeep, ...] | None
     profile: str | None

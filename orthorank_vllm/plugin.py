@@ -78,17 +78,20 @@ def _read_flags() -> None:
 
 def _read_lists() -> None:
     # Why: of a list in a `--config` file our flag would get the first item, and the last would
-    # become the model's name.
+    # become the model's name; a bare `off` would be left out.
     # Breaks on: a file that is read elsewhere (a list is then taken as it was).
+    import yaml
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from orthorank_vllm.engine.flags import joined_lists
+    from orthorank_vllm.engine.flags import joined_lists, switched_off
 
     original = FlexibleArgumentParser.load_config_file
 
     @functools.wraps(original)
-    def load_config_file(self: Any, *args: Any, **kwargs: Any) -> list[str]:
-        return joined_lists(original(self, *args, **kwargs))
+    def load_config_file(self: Any, file_path: str) -> list[str]:
+        words = joined_lists(original(self, file_path))
+        with open(file_path) as file:
+            return words + switched_off(yaml.safe_load(file))
 
     FlexibleArgumentParser.load_config_file = load_config_file
 
@@ -150,21 +153,21 @@ def _calibrate_at_start() -> None:
 
 def _keep_tails_out_of_the_prefix_cache() -> None:
     # Why: a prompt's tail may lie in blocks that a longer prompt filled without computing those
-    # rows, and vLLM has no interface for how far a prompt may be reused.
+    # rows, and vLLM has no interface for how far a prompt may be reused, or left for others.
     # Breaks on: a scheduler that looks its requests up elsewhere (other classes are refused).
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from orthorank_vllm.engine.configure import options_in
-    from orthorank_vllm.engine.prefix_cache import keep_tails_out, tail_of
+    from orthorank_vllm.config import OrthoRankConfig
+    from orthorank_vllm.engine.prefix_cache import keep_tails_out
 
     original = Scheduler.__init__
 
     @functools.wraps(original)
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, *args, **kwargs)
-        tail = tail_of(options_in(vllm_config.additional_config))
-        if tail is not None:
-            keep_tails_out(self.kv_cache_manager, tail)
+        config = OrthoRankConfig.of_engine(vllm_config.additional_config)
+        if config is not None:
+            keep_tails_out(self.kv_cache_manager, config, self.block_size)
 
     Scheduler.__init__ = __init__
 

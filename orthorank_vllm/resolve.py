@@ -56,6 +56,7 @@ def resolve(
         keep=options.keep,
         window=options.window,
         tail=options.tail,
+        aligned=options.aligned,
         wants_stand_in=options.stand_in != OFF,
         num_layers=num_layers,
         attention=options.attention,

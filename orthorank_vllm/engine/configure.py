@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from orthorank_vllm.attention.backend import check_backend
+from orthorank_vllm.engine.alignment import align
 from orthorank_vllm.engine.unsupported import check_supported
 from orthorank_vllm.metrics.collector import FOLDER_VARIABLE, prepare_server
 from orthorank_vllm.model.architectures import hf_overrides_for
@@ -27,7 +28,7 @@ def configure(
     leaves no trace of OrthoRank: the configuration, and its hash, are stock.
 
     Raises:
-        OptionError: see `resolve`, `unsupported` and `attention.backend`.
+        OptionError: see `resolve`, `unsupported`, `alignment` and `attention.backend`.
     """
     from vllm import envs
 
@@ -44,7 +45,7 @@ def configure(
     model = model_identity(vllm_config.model_config.hf_text_config)
     check_backend(options.attention, vllm_config.device_config.device_type)
     has_weights = loads_weights(vllm_config.load_config)
-    config = resolve(options, model, envs.VLLM_CACHE_ROOT, has_weights)
+    config = align(vllm_config, resolve(options, model, envs.VLLM_CACHE_ROOT, has_weights))
     kept = kept_profiles(envs.VLLM_CACHE_ROOT, model["config_sha256"], config.rule)
     if config.to_choose and not kept:
         _check_can_calibrate(vllm_config.model_config, options)

@@ -1,11 +1,20 @@
 """The flags of `vllm serve`, and of every other command that takes vLLM's engine options."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from orthorank_vllm.options import ENDPOINT, OFFLINE, Option, OptionError, checked_mapping
+from orthorank_vllm.options import (
+    ALIGNED,
+    ENDPOINT,
+    OFF,
+    OFFLINE,
+    STAND_IN,
+    Option,
+    OptionError,
+    checked_mapping,
+)
 
 STATUS_ROUTE = "orthorank_vllm.engine.endpoint.StatusRoute"
 
@@ -29,8 +38,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
     for option in OFFLINE.values():
+        # vLLM's reader of `--config` files makes a word without a value of a bare `on` of YAML's.
+        alone: dict[str, Any] = {"nargs": "?", "const": True} if option is ALIGNED else {}
         group.add_argument(
-            option.flag, type=_type(option), default=argparse.SUPPRESS, help=option.help
+            option.flag, type=_type(option), default=argparse.SUPPRESS, help=option.help, **alone
         )
     # vLLM's own interface for what a server is to do beside its routes.
     group.add_argument(
@@ -95,3 +106,12 @@ def joined_lists(words: Sequence[str]) -> list[str]:
             word = "=".join([word, *([",".join(values)] if values else [])])
         joined.append(word)
     return joined
+
+
+def switched_off(given: Mapping[str, Any]) -> list[str]:
+    """The words for those of our flags to which a configuration file says a bare `off`.
+
+    YAML reads false, which vLLM's reader leaves out.
+    """
+    flags = {f"--{name}".replace("_", "-") for name, value in given.items() if value is False}
+    return [f"{option.flag}={OFF}" for option in (ALIGNED, STAND_IN) if option.flag in flags]

@@ -1,17 +1,44 @@
-"""How much of a prompt may come from the prefix cache: nothing of its tail.
+"""How much of a prompt may come from the prefix cache, and be left there for others.
 
-Rows of a prompt's tail may lie in blocks that a longer prompt filled, in whose middle they were
-not computed. vllm/v1/core/kv_cache_manager.py: a lookup goes up to a length, and every kind of
-attention makes of that what it can resume at.
+Nothing of its tail: rows of it may lie in blocks that a longer prompt filled, in whose middle they
+were not computed. Where prompts are aligned, whole windows before the tail, and no prompt leaves
+more: in what follows, its own tail among it, other tokens are computed than in a longer prompt.
+And a block of a window is found by all of the window's tokens, those after the block too: they
+competed with its own.
+
+vllm/v1/core/kv_cache_manager.py: a lookup goes up to a length, and every kind of attention makes of
+that what it can resume at; `cache_blocks` is told up to where a request's blocks may be found.
 """
 
+import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from orthorank_vllm.config import OrthoRankConfig
+from orthorank_vllm.selection.borders import Borders
 
 
-def keep_tails_out(manager: Any, tail: int) -> None:
+def shared_borders(borders: Borders, block_size: int) -> Borders:
+    """The ends of windows that are ends of blocks as well."""
+    return borders._replace(window=math.lcm(borders.window, block_size))
+
+
+def hashes_of_windows(block_hashes: Sequence[bytes], blocks_per_window: int) -> list[bytes]:
+    """A prompt's hashes, those of each whole window's blocks made of its last one's.
+
+    vLLM's hash of a block is one of all tokens up to the block's end.
+    """
+    hashes = list(block_hashes)
+    for end in range(blocks_per_window, len(hashes) + 1, blocks_per_window):
+        window = block_hashes[end - 1]
+        for block in range(blocks_per_window):
+            digest = hashlib.sha256(window + block.to_bytes(4, "big")).digest()
+            hashes[end - blocks_per_window + block] = digest
+    return hashes
+
+
+def keep_tails_out(manager: Any, config: OrthoRankConfig, block_size: int) -> None:
     """Let every request that `manager` serves compute the tail of its prompt by itself.
 
     A preempted request's tail, and what follows it, is computed again: its own blocks cannot be
@@ -19,11 +46,16 @@ def keep_tails_out(manager: Any, tail: int) -> None:
 
     Args:
         manager: vLLM's `KVCacheManager`; other engines' in this process stay as they are.
-        tail: last tokens of a prompt that every layer computes.
+        block_size: the scheduler's.
     """
+    if not (config.layers or config.to_choose):
+        return
     coordinator = manager.coordinator
     get_computed_blocks = manager.get_computed_blocks
     find_longest_cache_hit = coordinator.find_longest_cache_hit
+    cache_blocks = coordinator.cache_blocks
+    borders = config.borders and shared_borders(config.borders, block_size)
+    window, tail = borders or Borders(1, config.tail)
     most = 0
 
     # Since 0.33 the scheduler may give a limit of its own, which reaches `up_to_tail` from there.
@@ -31,27 +63,27 @@ def keep_tails_out(manager: Any, tail: int) -> None:
         nonlocal most
         most = max(request.num_prompt_tokens - tail, 0)
         found = get_computed_blocks(request, *limit, **named_limit)
-        if found[1] > most:
+        if found[1] > most or found[1] % window:
             raise RuntimeError(
-                f"OrthoRank's tail would come from the prefix cache: vLLM reuses {found[1]} of "
-                f"{request.num_prompt_tokens} prompt tokens, and at most {most} were to be"
+                f"OrthoRank's tail or a part of a window would come from the prefix cache: vLLM "
+                f"reuses {found[1]} of {request.num_prompt_tokens} prompt tokens, and at most "
+                f"{most} were to be, in windows of {window}"
             )
         return found
 
     def up_to_tail(block_hashes: Sequence[Any], max_cache_hit_length: int) -> Any:
-        return find_longest_cache_hit(block_hashes, min(max_cache_hit_length, most))
+        found = find_longest_cache_hit(block_hashes, min(max_cache_hit_length, most))
+        # Again and again: what a shorter hit can be is for each kind of attention to say.
+        while beyond := found[1] % window:
+            found = find_longest_cache_hit(block_hashes, found[1] - beyond)
+        return found
 
     manager.get_computed_blocks = without_tail
     coordinator.find_longest_cache_hit = up_to_tail
+    if borders is not None:
+        shared = borders.shared
 
+        def of_whole_windows(request: Any, num_computed_tokens: int) -> None:
+            cache_blocks(request, min(num_computed_tokens, shared(request.num_prompt_tokens)))
 
-def tail_of(settings: Any) -> int | None:
-    """The tail to keep out, None where there is no layer that skips tokens.
-
-    Args:
-        settings: `options_in` of an engine that is configured.
-    """
-    if not settings:
-        return None
-    config = OrthoRankConfig.from_dict(settings)
-    return config.tail if config.layers or config.to_choose else None
+        coordinator.cache_blocks = of_whole_windows

@@ -90,6 +90,7 @@ class WorkerMetrics:
             1,
             window=str(config.window),
             tail=str(config.tail),
+            aligned=str(config.is_aligned).lower(),
             stand_in=Path(config.stand_in).name or OFF,
             layers=",".join(map(str, config.layers)),
             chosen_by=config.source,

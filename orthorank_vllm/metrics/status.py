@@ -39,6 +39,7 @@ class EngineStatus:
 
     Attributes:
         ratio_asked: None if layers were given without a ratio, or it was to be found.
+        is_aligned: whether the same tokens of a prompt are computed under any load.
         layers: the selective ones in their order, and the keep of each.
         is_measured: whether the layers were chosen by measurement, or by hand, and are all that
             was asked for.
@@ -55,6 +56,7 @@ class EngineStatus:
     ratio_configured: float | None = None
     window: int | None = None
     tail: int | None = None
+    is_aligned: bool | None = None
     layers: dict[int, float] = field(default_factory=dict)
     chosen_by: str = ""
     is_measured: bool = True
@@ -151,6 +153,7 @@ def _take(status: EngineStatus, name: str, labels: Mapping[str, str], value: flo
         status.version = labels["version"]
         status.window = int(labels["window"])
         status.tail = int(labels["tail"])
+        status.is_aligned = labels.get("aligned") == "true"
         status.layers = _layers_in(labels["layers"])
         status.chosen_by = labels["chosen_by"]
         status.is_measured = labels.get("measured") != "false"

@@ -94,7 +94,7 @@ def fit(moments: Moments, held_back: Moments, rank: int = RANK) -> StandIn:
 def with_error_direction(
     stand_in: StandIn, moments: Moments, seen_and_added: Iterable[tuple[torch.Tensor, torch.Tensor]]
 ) -> StandIn:
-    """The same map, with the direction along which the logarithm of its squared error grows.
+    """Give a map the direction along which the logarithm of its squared error grows.
 
     By ridge regression on the tokens that the map was fitted on.
 

@@ -12,7 +12,7 @@ import yaml
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from orthorank_vllm.options import OptionError
+from orthorank_vllm.options import ALIGNED, OptionError
 
 Parse = Callable[..., Any]
 
@@ -57,6 +57,7 @@ def test_the_flags_stand_in_a_group_of_their_own() -> None:
         "--orthorank-keep",
         "--orthorank-window",
         "--orthorank-tail",
+        "--orthorank-aligned",
         "--orthorank-stand-in",
         "--orthorank-layers",
         "--orthorank-profile",
@@ -110,6 +111,33 @@ def test_the_endpoint_is_one_more_middleware(model_path: str) -> None:
     opened = serve_arguments(model_path, "--middleware", "a.b", "--orthorank-endpoint")
     assert opened.middleware == ["a.b", "orthorank_vllm.engine.endpoint.StatusRoute"]
     assert serve_arguments(model_path).middleware == []
+
+
+@pytest.mark.parametrize(
+    ("line", "given"),
+    [("off", False), ("'off'", False), ("false", False), ("on", True), ("'on'", True)],
+)
+@pytest.mark.parametrize("is_nested", [True, False])
+def test_a_configuration_file_may_say_off_without_quotes(
+    parsed: Parse, tmp_path: Path, line: str, given: bool, is_nested: bool
+) -> None:
+    """YAML reads a bare `off` as false.
+
+    Break seen: vLLM's reader alone, which leaves that out.
+    """
+    file = tmp_path / "serve.yaml"
+    nested = f"additional-config:\n  orthorank: {{ratio: 0.2, aligned: {line}}}\n"
+    flat = f"orthorank-ratio: 0.2\northorank_aligned: {line}\nenforce-eager: false\n"
+    file.write_text(nested if is_nested else flat)
+    options = parsed("--config", str(file)).additional_config["orthorank"]
+    assert ALIGNED.parse(options["aligned"]) is given
+
+
+def test_a_bare_off_means_no_stand_in_too(parsed: Parse, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("orthorank-ratio: 0.2\northorank-stand-in: off\northorank-endpoint: off\n")
+    options = parsed("--config", str(file)).additional_config["orthorank"]
+    assert options == {"ratio": 0.2, "stand_in": "off"}
 
 
 @pytest.mark.parametrize("before_the_model", [True, False])
@@ -192,6 +220,7 @@ WRONG = [
     *[("keep", value) for value in ("-1", "1", "1/0", "1/3/4", 7, "x" * 9)],
     *[("window", value) for value in (-3, 0.5, "99999999999999999999", "many")],
     *[("tail", value) for value in (0, -1, 0.5, "99999999999999999999", "long")],
+    *[("aligned", value) for value in ("yes", "Off", "", 0, 1)],
     *[("layers", value) for value in ("3,3", "", "-1,3", "7,,8", "1.5", "7;8", [3, 3], [-1])],
     *[("layers", value) for value in ("3:1", "3:", "3:0:0", "3:0,3:1/4", "3:-0.1", ["3:x"])],
     *[("calibrate_seconds", value) for value in (-1, "inf", "soon")],

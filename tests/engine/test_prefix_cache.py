@@ -4,120 +4,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    KVCacheConfig,
-    KVCacheGroupSpec,
-    KVCacheSpec,
-    SlidingWindowSpec,
-)
-from vllm.v1.metrics.stats import PrefixCacheStats
-from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
-from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from orthorank_vllm.options import OptionError
-from orthorank_vllm.plugin import register
+from tests.support.scheduling import BLOCK, FULL, KINDS, Server
 
 pytestmark = pytest.mark.model
 
-BLOCK, TAIL = 16, 40
-ORTHORANK = {"layers": "29:0,12:1/3", "tail": TAIL}
-OF_A_LAYER = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
-FULL = FullAttentionSpec(**OF_A_LAYER)
-SLIDING = SlidingWindowSpec(**OF_A_LAYER, sliding_window=64)
-KINDS = {"full": [FULL], "sliding": [SLIDING], "both": [FULL, SLIDING]}
-
-
-class Server:
-    """An engine's scheduler, and a model that answers with tokens of its own."""
-
-    def __init__(
-        self,
-        model_path: str,
-        orthorank: dict[str, Any] | None,
-        groups: list[KVCacheSpec],
-        blocks: int = 1000,
-        **options: Any,
-    ) -> None:
-        register()
-        additional = {} if orthorank is None else {"orthorank": orthorank}
-        config = EngineArgs(
-            model=model_path,
-            dtype="float32",
-            max_model_len=2048,
-            block_size=BLOCK,
-            async_scheduling=False,
-            skip_tokenizer_init=True,
-            additional_config=additional,
-            **options,
-        ).create_engine_config()
-        config.cache_config.num_gpu_blocks = blocks
-        layers = [KVCacheGroupSpec([f"layer {n}"], group) for n, group in enumerate(groups)]
-        self.scheduler: Any = config.scheduler_config.get_scheduler_cls()(
-            vllm_config=config,
-            kv_cache_config=KVCacheConfig(blocks, kv_cache_tensors=[], kv_cache_groups=layers),
-            structured_output_manager=StructuredOutputManager(config),
-            block_size=BLOCK,
-            log_stats=True,
-        )
-        init_none_hash(sha256)
-        self._hasher = get_request_block_hasher(BLOCK, sha256)
-        self._next_token = 1_000_000
-        # By request, tokens that were there each time that it was let in.
-        self.reused: dict[str, list[int]] = {}
-        self.lookups: list[PrefixCacheStats] = []
-
-    def add(self, prompt: list[int], max_tokens: int = 1, **params: Any) -> Request:
-        """A request that waits."""
-        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **params)
-        name = f"request {len(self.reused)}"
-        request = Request(name, list(prompt), sampling, None, block_hasher=self._hasher)
-        self.reused[name] = []
-        self.scheduler.add_request(request)
-        return request
-
-    def run(self) -> None:
-        """Serve until nothing waits."""
-        while self.scheduler.has_unfinished_requests():
-            step = self.scheduler.schedule()
-            for new in step.scheduled_new_reqs:
-                self.reused[new.req_id].append(new.num_computed_tokens)
-            cached = step.scheduled_cached_reqs
-            for name, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-                if name in cached.resumed_req_ids:
-                    self.reused[name].append(computed)
-            output = self._output(step.num_scheduled_tokens)
-            for told in self.scheduler.update_from_output(step, output).values():
-                if told.scheduler_stats and told.scheduler_stats.prefix_cache_stats.requests:
-                    self.lookups.append(told.scheduler_stats.prefix_cache_stats)
-
-    def serve(self, prompt: list[int], max_tokens: int = 1, **params: Any) -> int:
-        """How many tokens of one request were reused."""
-        request = self.add(prompt, max_tokens, **params)
-        self.run()
-        (reused,) = self.reused[request.request_id]
-        return reused
-
-    def _output(self, scheduled: dict[str, int]) -> ModelRunnerOutput:
-        sampled: list[list[int]] = []
-        for name, count in scheduled.items():
-            request = self.scheduler.requests[name]
-            # The scheduler has counted this step's already.
-            is_whole = request.num_computed_tokens >= request.num_tokens
-            assert count
-            self._next_token += 1
-            sampled.append([self._next_token] if is_whole else [])
-        names = list(scheduled)
-        return ModelRunnerOutput(names, {name: n for n, name in enumerate(names)}, sampled)
+TAIL = 40
+# Where prompts end and begin anywhere; what is aligned is in `test_scheduler.py`.
+ORTHORANK = {"layers": "29:0,12:1/3", "tail": TAIL, "aligned": "off"}
 
 
 def down_to_block(tokens: int) -> int:

@@ -5,9 +5,19 @@ from typing import Any
 
 import pytest
 
+from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.engine.prefix_cache import keep_tails_out
+from orthorank_vllm.options import LayerKeep
 
 PROMPT, TAIL = 100, 40
+CONFIG = OrthoRankConfig(
+    ratio_asked=None,
+    window=128,
+    tail=TAIL,
+    num_layers=2,
+    layers=(LayerKeep(1, 0.0),),
+    aligned=False,
+)
 
 
 class Coordinator:
@@ -15,6 +25,9 @@ class Coordinator:
 
     def find_longest_cache_hit(self, block_hashes: Any, max_cache_hit_length: int) -> Any:
         return (), max_cache_hit_length
+
+    def cache_blocks(self, request: Any, num_computed_tokens: int) -> None:
+        """Nothing is kept."""
 
 
 class Manager:
@@ -43,7 +56,7 @@ def test_the_lower_of_the_schedulers_limit_and_the_tails_holds(
 ) -> None:
     """Break seen: no second argument, with which no request of 0.33 was served."""
     manager: Any = Manager()
-    keep_tails_out(manager, TAIL)
+    keep_tails_out(manager, CONFIG, block_size=16)
     request = SimpleNamespace(num_prompt_tokens=PROMPT)
     assert manager.get_computed_blocks(request, *limit)[1] == reused
     if limit:

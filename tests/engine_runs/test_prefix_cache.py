@@ -1,14 +1,14 @@
 """How much an answer depends on who filled the prefix cache, in the real engine.
 
-A prompt computes its own tail, so what can differ are the rows before it: which of them the
-request computed that left them there. See `CODE` for the ways to fill it.
+Aligned, not at all. Else what can differ are the rows before a prompt's tail, which it computes by
+itself: which of them the request computed that left them there. See `CODE` for the ways to fill it.
 """
 
 from typing import Any
 
 import pytest
 
-from orthorank_vllm.options import DEFAULT_TAIL
+from orthorank_vllm.options import DEFAULT_TAIL, DEFAULT_WINDOW
 from tests.conftest import Prompts
 from tests.support.replay import TOLERANCE
 from tests.support.scripts import Script
@@ -25,11 +25,11 @@ KEEP_A_THIRD = "29,28,26,25,20,27,22,24,3"
 CODE = """
 from tests.support.forced_answers import ForcedAnswers, log_probs_of
 from tests.support.replay import Engine, Job
-path, layers, tail, block_size, texts, short, sizes = arguments
+path, orthorank, block_size, texts, short, sizes = arguments
 engine = Engine(
     path, enforce_eager=True, max_model_len=1024, block_size=block_size, max_num_seqs=16,
     num_gpu_blocks_override=64, logits_processors=[ForcedAnswers],
-    additional_config={"orthorank": {"layers": layers, "tail": tail}},
+    additional_config={"orthorank": orthorank},
 )
 
 prompt_len, told_len, shorter, turn = sizes
@@ -108,13 +108,19 @@ class Filled:
 
 
 def measured(
-    model_path: str, text_tokens: list[int], layers: str, to_preempt: int = 0
+    model_path: str,
+    text_tokens: list[int],
+    layers: str,
+    aligned: str = "off",
+    count: int = 3,
+    to_preempt: int = 0,
 ) -> dict[str, Any]:
     prompts = Prompts(text_tokens, seed=0)
-    texts = [prompts.take(901) for _ in range(3)]
+    texts = [prompts.take(901) for _ in range(count)]
     short = [prompts.take(190) for _ in range(to_preempt)]
     sizes = [PROMPT, TOLD, SHORTER, TURN]
-    return dict(Script(CODE, model_path, layers, TAIL, BLOCK_SIZE, texts, short, sizes).answer)
+    rule = {"layers": layers, "tail": TAIL, "aligned": aligned}
+    return dict(Script(CODE, model_path, rule, BLOCK_SIZE, texts, short, sizes).answer)
 
 
 def by_filler(found: dict[str, Any]) -> dict[str, Filled]:
@@ -132,6 +138,26 @@ def by_filler(found: dict[str, Any]) -> dict[str, Filled]:
 
 def down_to_block(tokens: int) -> int:
     return tokens // BLOCK_SIZE * BLOCK_SIZE
+
+
+def down_to_window(tokens: int) -> int:
+    return tokens // DEFAULT_WINDOW * DEFAULT_WINDOW
+
+
+def test_aligned_it_does_not_matter_who_filled_the_cache(
+    model_path: str, text_tokens: list[int]
+) -> None:
+    """Break seen: all blocks of a shorter prompt and of an earlier turn left to others."""
+    found = measured(model_path, text_tokens, KEEP_A_THIRD, aligned="on", count=1)["filled"]
+    filled = {name: Filled(one) for name, one in found.items()}
+    assert {name: one.cached for name, one in filled.items()} == {
+        "nobody": {0},
+        "a longer prompt": {down_to_window(PROMPT - TAIL)},
+        "a shorter prompt": {down_to_window(SHORTER - TAIL)},
+        "an earlier turn": {down_to_window(SHORTER - TAIL)},
+    }, filled
+    assert all(one.worst < TOLERANCE for one in filled.values()), filled
+    assert filled["nobody"].from_dense > 0.1, "layers so dull that nothing could be seen"
 
 
 @pytest.fixture(scope="module")

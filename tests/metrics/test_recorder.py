@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -58,6 +59,7 @@ def test_what_is_run_stands_in_labels(registry: CollectorRegistry) -> None:
     told = {
         "window": "128",
         "tail": "64",
+        "aligned": "true",
         "stand_in": "off",
         "layers": "3:0,1:0.3333",
         "chosen_by": "profile p",
@@ -92,6 +94,7 @@ def test_what_is_told_is_read_back(registry: CollectorRegistry) -> None:
     assert (told["active"], told["is_measured"], told["version"]) == (True, True, __version__)
     assert (told["window"], told["tail"], told["chosen_by"]) == (128, 64, "profile p")
     assert list(told["layers"].items()) == [(3, 0.0), (1, 0.3333)]
+    assert told["is_aligned"] is True
     assert (told["ratio_asked"], told["ratio_configured"]) == (0.3, CONFIG.ratio)
     assert told["expected_loss"] == {"prose": 0.004, "copy": 0.03}
     assert told["expected_found"] == 0.98
@@ -106,6 +109,18 @@ def test_no_layers_are_read_back_as_none(registry: CollectorRegistry) -> None:
     [engine] = engines_of(registry.collect())
     assert (engine.layers, engine.ratio_configured, engine.is_measured) == ({}, 0, False)
     assert (engine.expected_loss, engine.expected_found) == ({}, None)
+
+
+@pytest.mark.parametrize("off", [{"aligned": False}, {"window": 0}])
+def test_a_server_that_is_not_aligned_tells_so(
+    registry: CollectorRegistry, off: dict[str, Any]
+) -> None:
+    config = replace(CONFIG, **off)
+    WorkerMetrics(LABELS, range(5)).tell(config)
+    [engine] = engines_of(registry.collect())
+    assert engine.is_aligned is False
+    assert "not aligned" in config.describe()
+    assert "aligned" not in CONFIG.describe()
 
 
 def test_guessed_layers_are_told_by_a_label(registry: CollectorRegistry) -> None:

@@ -40,13 +40,14 @@ class Rule:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "Rule":
         """That of a user's options, the layers as pairs of layer and keep."""
-        return cls(**{**options, "layers": dict(options["layers"])})
+        rule = {name: value for name, value in options.items() if name != "aligned"}
+        return cls(**{**rule, "layers": dict(options["layers"])})
 
     @property
     def options(self) -> dict[str, Any]:
-        """The same for a user to give."""
+        """The same for a user to give, for chunks that end anywhere."""
         pairs = [list(pair) for pair in self.layers.items()]
-        return {"layers": pairs, "window": self.window, "tail": self.tail}
+        return {"layers": pairs, "window": self.window, "tail": self.tail, "aligned": "off"}
 
 
 def with_stand_ins(
