@@ -240,8 +240,8 @@ REFUSALS = (
     Refusal(
         "VLLM_BATCH_INVARIANT",
         lambda _: _environment_flag("VLLM_BATCH_INVARIANT"),
-        "scores of tokens, and attention of the selected ones, are not computed to be the "
-        "same to the last bit in every batch",
+        "scores of tokens, and attention of the selected ones, are not the same to the last bit in "
+        "every batch",
     ),
 )
 
