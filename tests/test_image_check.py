@@ -29,7 +29,7 @@ def distribution(folder: Path, name: str, version: str, entry_points: str = "") 
     (path / "entry_points.txt").write_text(entry_points)
 
 
-@pytest.mark.parametrize("version", ["0.25.1", "0.33.0+cu130"])
+@pytest.mark.parametrize("version", ["0.25.1", "0.34.0+cu130"])
 def test_another_vllm_is_refused(tmp_path: Path, version: str) -> None:
     distribution(tmp_path, "vllm", version)
     run = checked(tmp_path)

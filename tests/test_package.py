@@ -62,7 +62,7 @@ def test_every_module_and_profile_is_in_the_wheel(wheel: zipfile.ZipFile) -> Non
     package = ROOT / "orthorank_vllm"
     wanted = {
         str(Path("orthorank_vllm") / path.relative_to(package))
-        for pattern in ("*.py", "*.json", "*.safetensors", "py.typed")
+        for pattern in ("*.py", "*.json", "*.safetensors", "prose.txt", "py.typed")
         for path in package.rglob(pattern)
     }
     assert {name for name in wheel.namelist() if name.startswith("orthorank_vllm/")} == wanted

@@ -239,7 +239,10 @@ def _start_step(
     plan: Plan,
     device: torch.device,
 ) -> Step:
-    found = _look_up(sinks, plan) if plan.scored_keeps and len(sinks.rows) else _NO_SINKS
+    # All stages keep their tables alike, whichever of them scores.
+    is_whole = decoder.is_first and decoder.is_last
+    needs_sinks = plan.scored_keeps and (len(sinks.rows) or not is_whole)
+    found = _look_up(sinks, plan) if needs_sinks else _NO_SINKS
     kind = _top_k_for(plan, device)
     top_k = kind.arrays_of(plan) if plan.scored_keeps else ()
     sampled = _NOTHING if plan.sampled_rows is None else plan.sampled_rows

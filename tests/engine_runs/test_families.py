@@ -57,12 +57,14 @@ LENGTHS = (150, 333, 64, 7)
 BUDGET = 200
 
 
-def check(verdict: dict[str, Any], lengths: tuple[int, ...] = LENGTHS) -> None:
+def check(
+    verdict: dict[str, Any], lengths: tuple[int, ...] = LENGTHS, cached: int = LENGTHS[0] // 32 * 32
+) -> None:
     assert verdict["margin"] > SAFE_MARGIN, "float noise chose: take other prompts"
     assert max(verdict["worst"]) < TOLERANCE
     assert verdict["compared"] > sum(lengths)
     assert verdict["skipped"] > 0
-    assert verdict["cached"] == lengths[0] // 32 * 32
+    assert verdict["cached"] == cached
 
 
 @pytest.fixture(scope="module")
@@ -100,5 +102,6 @@ def test_real_weights_as_mistral_and_as_mixtral_equal_what_they_are_in_llama(
     cases = {name: (path, small_model_path, rule, taken) for name, path in paths.items()}
     verdicts = Script(SERVE, cases, BUDGET).answer
     for family, verdict in verdicts.items():
-        check(verdict, lengths)
+        # Whole windows before the tail; of a sliding window's blocks, some are gone by then.
+        check(verdict, lengths, cached=0 if family == "Mistral" else (600 - 16) // 128 * 128)
         assert verdict["class"] == f"OrthoRank{family}ForCausalLM"

@@ -196,6 +196,7 @@ def test_metrics_say_what_is_run_and_what_answers_lose(server: Server) -> None:
     assert labels == {
         "window": "128",
         "tail": "64",
+        "aligned": "true",
         "stand_in": "smollm2-135m.safetensors",
         "layers": SHIPPED.listed,
         "chosen_by": "profile SmolLM2-135M-Instruct",
