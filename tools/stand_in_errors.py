@@ -29,7 +29,7 @@ def shares(
     """By layer and by what chooses, what `SHARES` of the tokens hold of all squared error."""
     from orthorank_vllm.model.decoder import Decoder
     from orthorank_vllm.model.stand_in import read_stand_ins
-    from orthorank_vllm.offline.stand_in_fit import start_walks
+    from orthorank_vllm.offline.stand_in_fit import squared_errors, start_walks
     from orthorank_vllm.offline.worker_calls import in_forward_context
 
     def of_all(worker: Any) -> dict[int, dict[str, list[float]]]:
@@ -45,11 +45,9 @@ def shares(
                 if index not in stand_ins:
                     continue
                 normed, added = walk.seen_and_added(layer.input_norm)
-                stand_in = stand_ins[index].fused(added.device, added.dtype)
-                predicted = torch.zeros_like(added)
-                stand_in.add_to(predicted, normed)
-                errors.append((added - predicted).square().sum(-1))
-                by_error.append(stand_in.errors(normed))
+                errors.append(squared_errors(stand_ins[index], normed, added))
+                fused = stand_ins[index].fused(added.device, added.dtype)
+                by_error.append(fused.errors(normed))
                 first_rows = walk.rows - walk.forward.texts.positions[walk.rows]
                 states, sinks = walk.entering[walk.rows], walk.entering[first_rows]
                 by_sink.append(-torch.cosine_similarity(states, sinks).abs())

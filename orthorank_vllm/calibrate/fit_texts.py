@@ -30,11 +30,12 @@ def make_fit_texts(text: Text, tokenizer: Any) -> dict[str, list[tuple[int, ...]
     Raises:
         OptionError: see `make_samples`.
     """
+    varied = varied_prose()
     sources = {
         "prose": ("prose", text),
-        "varied": ("prose", varied_prose()),
+        "varied": ("prose", varied),
         "code": ("prose", code_text()),
-        "chat": ("chat", varied_prose()),
+        "chat": ("chat", varied),
     }
     found = {
         name: [

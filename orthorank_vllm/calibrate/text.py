@@ -82,7 +82,7 @@ def held_back_text() -> Text:
 
 
 def varied_prose() -> Text:
-    """Thirteen short texts, written for this: of the kinds that an English reader meets."""
+    """Short texts, written for this: of the kinds that an English reader meets."""
     content = (resources.files("orthorank_vllm") / "calibrate" / "prose.txt").read_text("utf-8")
     return Text(VARIED, content, hashlib.sha256(content.encode()).hexdigest())
 

@@ -119,7 +119,7 @@ def check_weights(
         cache_root(),
         model["config_sha256"],
         weights,
-        profile.rule._replace(window=rule.window, tail=rule.tail),
+        MeasuredRule(rule.window, rule.tail, profile.rule.has_stand_in),
     )
     give = f"give --profile {own}" if own.exists() else "run `orthorank calibrate` on these"
     raise OptionError(f"--profile: {told}, and a server would not take it; {give}")

@@ -91,6 +91,17 @@ def fit(moments: Moments, held_back: Moments, rank: int = RANK) -> StandIn:
     return StandIn(down, up, mean_y - mean_x @ down @ up)
 
 
+def squared_errors(stand_in: StandIn, seen: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    """By how much a map misses what a layer added, [tokens] float32.
+
+    Args:
+        seen, added: [tokens, hidden], x and y of `Moments`.
+    """
+    missed = -added.float()
+    stand_in.fused(seen.device, torch.float32).add_to(missed, seen.float())
+    return missed.square().sum(-1)
+
+
 def with_error_direction(
     stand_in: StandIn, moments: Moments, seen_and_added: Iterable[tuple[torch.Tensor, torch.Tensor]]
 ) -> StandIn:
@@ -106,10 +117,8 @@ def with_error_direction(
     of_x = moments.xx / moments.count - torch.outer(mean_x, mean_x)
     with_errors, total = torch.zeros_like(moments.x), torch.zeros_like(moments.yy)
     for seen, added in seen_and_added:
-        missed = added.float().clone()
-        stand_in.fused(seen.device, torch.float32).add_to(missed.neg_(), seen.float())
-        squared = missed.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-        errors = squared.log()
+        squared = squared_errors(stand_in, seen, added)
+        errors = squared.clamp(min=torch.finfo(torch.float32).tiny).log()
         with_errors += (errors @ seen.float()).double()
         total += errors.sum(dtype=torch.float64)
     along = (with_errors - mean_x * total) / moments.count

@@ -35,6 +35,18 @@ def is_cut_well(server: Server) -> bool:
     )
 
 
+def with_little_room(
+    model_path: str, options: dict[str, Any], scheduler: type | None = None
+) -> Server:
+    """Steps of 100 tokens, which end in no window."""
+    return Server(
+        *(model_path, options, [FULL]),
+        max_num_batched_tokens=100,
+        max_num_seqs=8,
+        scheduler_cls=scheduler,
+    )
+
+
 @pytest.mark.parametrize("budget", [WINDOW, 100, 130, 200])
 @pytest.mark.parametrize("scheduler", [None, AlignedAsyncScheduler])
 def test_chunks_end_on_borders(model_path: str, budget: int, scheduler: type | None) -> None:
@@ -54,11 +66,7 @@ def test_chunks_end_on_borders(model_path: str, budget: int, scheduler: type | N
 
 
 def test_without_alignment_they_end_anywhere(model_path: str) -> None:
-    server = Server(
-        *(model_path, {**CHOOSES, "aligned": "off"}, [FULL]),
-        max_num_batched_tokens=100,
-        max_num_seqs=8,
-    )
+    server = with_little_room(model_path, {**CHOOSES, "aligned": "off"})
     server.serve(LONG)
     assert type(server.scheduler) is Scheduler
     assert not is_cut_well(server)
@@ -136,7 +144,7 @@ def test_where_no_layer_chooses_chunks_end_anywhere_and_only_tails_are_kept_apar
     model_path: str,
 ) -> None:
     """There are no windows then: of a prompt all that differs from its like is its tail."""
-    server = Server(model_path, KEEPS_NONE, [FULL], max_num_batched_tokens=100, max_num_seqs=8)
+    server = with_little_room(model_path, KEEPS_NONE)
     assert type(server.scheduler) is Scheduler
     server.serve(LONG[:201])
     assert server.parts["request 0"][0].end == 100
@@ -149,12 +157,7 @@ class Derived(AlignedScheduler):
 
 
 def test_a_users_scheduler_that_derives_from_ours_is_aligned(model_path: str) -> None:
-    server = Server(
-        *(model_path, CHOOSES, [FULL]),
-        max_num_batched_tokens=100,
-        max_num_seqs=8,
-        scheduler_cls=Derived,
-    )
+    server = with_little_room(model_path, CHOOSES, Derived)
     server.serve(LONG)
     assert type(server.scheduler) is Derived
     assert is_cut_well(server)
@@ -162,12 +165,7 @@ def test_a_users_scheduler_that_derives_from_ours_is_aligned(model_path: str) ->
 
 def test_ours_without_orthorank_is_vllms(model_path: str) -> None:
     """As with `--scheduler-cls` by hand and a ratio of 0."""
-    server = Server(
-        *(model_path, {"ratio": 0}, [FULL]),
-        max_num_batched_tokens=100,
-        max_num_seqs=8,
-        scheduler_cls=AlignedScheduler,
-    )
+    server = with_little_room(model_path, {"ratio": 0}, AlignedScheduler)
     server.serve(LONG)
     assert server.parts["request 0"][0].end == 100
 
