@@ -81,6 +81,8 @@ class Model:
         self.decoder: Any = SimpleNamespace(
             layers={index: layer() for index in range(LAYERS)},
             last_layer=LAYERS - 1,
+            is_first=True,
+            is_last=True,
             embed=lambda tokens: torch.randn(len(tokens), HIDDEN),
         )
         self.selective = {

@@ -94,7 +94,7 @@ def run_step(batch: Batch, layers: Sequence[Any], sinks: SinkTable) -> bool:
     plan = make_plan(batch, KEEPS, WINDOW, TAIL)
     if plan is None:
         return False
-    decoder: Any = SimpleNamespace(layers={})
+    decoder: Any = SimpleNamespace(layers={}, is_first=True, is_last=True)
     with mock.patch.object(lost_sinks, "sink_states", _lost_states):
         way = AttentionBackend("triton", plan_attention)
         step = forward._start_step(decoder, {}, sinks, way, plan, CPU)
