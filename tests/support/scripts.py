@@ -2,12 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from typing import Any
 
 from tests.conftest import ROOT
 
+# A script may wait for its turn of the cores; more is a hang.
+SECONDS = 400
 # What a script prints this in front of is its answer.
 ANSWER = "ANSWER"
 HEADER = f"""
@@ -33,13 +36,20 @@ class Script:
             text=True,
             cwd=ROOT,
             env={**os.environ, **environment},
+            start_new_session=True,
         )
         self._output: str | None = None
 
     @property
     def output(self) -> str:
         if self._output is None:
-            self._output, _ = self._process.communicate()
+            try:
+                self._output, _ = self._process.communicate(timeout=SECONDS)
+            except subprocess.TimeoutExpired as hang:
+                # Its workers too: they hold on to the pipe.
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._output, _ = self._process.communicate()
+                raise AssertionError(f"a hang of {SECONDS} s: {self._output[-4000:]}") from hang
         return self._output
 
     @property
