@@ -38,7 +38,7 @@ engine = Engine(
 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 reference = Reference(model, Rule.of(rule))
 jobs = [Job(prompt, max_tokens=2) for prompt in prompts]
-first = engine.run(jobs, budget=lambda step: 120)
+first = engine.run(jobs, budget=lambda step: 140)
 verdicts = [replay(first, reference)]
 cached = Job(prompts[0] + prompts[1][:20], want_prompt_logprobs=False)
 donors = list(verdicts[0].requests.values())

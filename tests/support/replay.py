@@ -22,6 +22,8 @@ TOLERANCE = 1e-3
 # A choice closer than this may fall either way by float noise alone, and then two
 # correct implementations differ: a difference proves something only above it.
 SAFE_MARGIN = 1e-6
+# In a row without a token: more than any pipeline makes.
+IDLE_STEPS = 1000
 
 
 @dataclass
@@ -128,12 +130,17 @@ class Engine:
         names: dict[str, Job] = {}
         schedule = self.scheduler.schedule
 
+        idle = 0
+
         def recorded(*args: Any, **kwargs: Any) -> Any:
+            nonlocal idle
             output = schedule(*args, **kwargs)
             cached = output.scheduled_cached_reqs
             computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
             for new in output.scheduled_new_reqs:
                 computed[new.req_id] = new.num_computed_tokens
+            idle = 0 if output.num_scheduled_tokens else idle + 1
+            assert idle < IDLE_STEPS, "no request gets on: the budget has no room for a window"
             if output.num_scheduled_tokens:
                 run.forwards.append(
                     [
