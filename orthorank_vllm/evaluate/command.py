@@ -26,7 +26,7 @@ from orthorank_vllm.evaluate.layers import (
     profile_to_test,
     stand_ins_to_test,
 )
-from orthorank_vllm.evaluate.methods import Prune, method_named
+from orthorank_vllm.evaluate.methods import METHODS, Prune, Replace, method_named
 from orthorank_vllm.evaluate.report import render
 from orthorank_vllm.evaluate.results import Results
 from orthorank_vllm.evaluate.runs import DENSE, Layers, Run, plan_runs, repeats_the_rule
@@ -86,12 +86,12 @@ def run(arguments: argparse.Namespace) -> int:
         if profile is not None:
             results.profiles[Method.name] = profile
             check_weights(profile, model, weights, args.rule, arguments.profile is not None)
-        if Prune.name in args.methods and chosen:
-            _compare_texts(profile, args)
-            most = max(chosen)
-            results.profiles[Prune.name] = _pruned(
-                workers, model_config, tokenizer, weights, most, args
-            )
+        for rival in (Prune, Replace):
+            if rival.name in args.methods and chosen:
+                _compare_texts(profile, args)
+                results.profiles[rival.name] = _pruned(
+                    rival.name, workers, model_config, tokenizer, weights, max(chosen), args
+                )
         runs = plan_runs(
             args.methods,
             0 in args.ratios,
@@ -104,13 +104,20 @@ def run(arguments: argparse.Namespace) -> int:
             beginning = args.text.content[: HEAT_MAP_TOKENS * CHARACTERS_PER_TOKEN]
             head = tokenizer.encode(beginning)[:HEAT_MAP_TOKENS]
             results.cosines = workers.call(worker_calls.cosines_to_sink, head)
-        if stand_ins is not None:
-            layers = range(int(model["num_hidden_layers"]))
-            workers.call(worker_calls.use_stand_ins, read_stand_ins(stand_ins, layers))
+        layers = range(int(model["num_hidden_layers"]))
+        of_replace = None
+        if Replace.name in results.profiles:
+            of_replace = results.profiles[Replace.name].stand_in_path
         try:
-            measure_served(workers, runs, samples, args.rule, results)
-            _measure_texts(workers, runs, segments, args, results)
-            _measure_tasks(workers, runs, args, results, model_config)
+            for path, its_runs in (
+                (stand_ins, [run for run in runs if run.method != Replace.name]),
+                (of_replace, [run for run in runs if run.method == Replace.name]),
+            ):
+                if path is not None:
+                    workers.call(worker_calls.use_stand_ins, read_stand_ins(path, layers))
+                measure_served(workers, its_runs, samples, args.rule, results)
+                _measure_texts(workers, its_runs, segments, args, results)
+                _measure_tasks(workers, its_runs, args, results, model_config)
         except KeyboardInterrupt:
             print(
                 f"\nstopped; what was measured is kept in {results.path}: run the same command "
@@ -185,6 +192,7 @@ def _compare_texts(profile: Profile | None, args: EvaluateArgs) -> None:
 
 
 def _pruned(
+    method: str,
     workers: Any,
     model_config: Any,
     tokenizer: Any,
@@ -202,14 +210,15 @@ def _pruned(
         tokenizer,
         args.calibration,
         held_back_text(),
-        method_named(Prune.name, args.rule),
+        method_named(method, args.rule),
+        has_stand_in=METHODS[method].fills_in,
     )
     calibration = replace(calibration, weights=weights)
-    output = args.folder / "prune.json"
+    output = args.folder / f"{method}.json"
     known = known_profile(calibration, output)
     if known is not None and max(known.ratios, default=0.0) > max_ratio - 1e-9:
         return known
-    print("choosing the layers to prune, as `orthorank calibrate` chooses", file=sys.stderr)
+    print(f"choosing the layers to {method}, as `orthorank calibrate` chooses", file=sys.stderr)
     try:
         return measure(workers, calibration, max_ratio, output)
     finally:
@@ -218,11 +227,15 @@ def _pruned(
 
 def _of_pruning(
     args: EvaluateArgs, chosen: dict[float, Layers], results: Results
-) -> dict[float, Layers]:
-    if Prune.name not in results.profiles:
-        return {}
-    order = results.profiles[Prune.name]
-    return {ratio: layers_at(order, ratio, None, args.rule) for ratio in chosen}
+) -> dict[str, dict[float, Layers]]:
+    return {
+        method: {
+            ratio: layers_at(order, ratio, None, args.rule, METHODS[method].fills_in)
+            for ratio in chosen
+        }
+        for method, order in results.profiles.items()
+        if METHODS[method].skips_layers
+    }
 
 
 def _measure_texts(

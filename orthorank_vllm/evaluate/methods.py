@@ -14,6 +14,14 @@ class Prune(Method):
     skips_layers = True
 
 
+class Replace(Prune):
+    """Whole layers left out, their maps in their place: in the prompt and in the answer."""
+
+    name = "replace"
+    description = "the layer is left out, and every token gets its stand-in"
+    fills_in = True
+
+
 class Random(Method):
     """The rule with as many tokens of each segment, drawn at random."""
 
@@ -70,7 +78,10 @@ class Forget(Method):
     hides_others = True
 
 
-METHODS = {method.name: method for method in (Method, Prune, Random, Sink, Normed, Aligned, Forget)}
+METHODS = {
+    method.name: method
+    for method in (Method, Prune, Replace, Random, Sink, Normed, Aligned, Forget)
+}
 
 
 def method_named(name: str, rule: Method) -> Method:

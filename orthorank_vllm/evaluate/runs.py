@@ -109,7 +109,7 @@ def plan_runs(
     methods: Iterable[str],
     has_dense: bool,
     chosen: Mapping[float, Layers],
-    pruned: Mapping[float, Layers],
+    pruned: Mapping[str, Mapping[float, Layers]],
     num_layers: int,
     stand_in_share: float = 0.0,
 ) -> list[Run]:
@@ -117,16 +117,16 @@ def plan_runs(
 
     Args:
         has_dense: whether to begin with the dense model.
-        chosen: the layers of all methods but pruning, by the ratio asked for.
+        chosen: the layers of all methods that do not prune, by the ratio asked for.
         stand_in_share: see `Profile.share`.
-        pruned: those of pruning, by the same ratios if it is among the methods.
+        pruned: those of each that does, by the same ratios.
     """
     runs = [Run(DENSE, 0, 0, ())] if has_dense else []
     for ratio, layers in chosen.items():
         for method in methods:
-            own = pruned[ratio] if method == Prune.name else layers
+            own = pruned[method][ratio] if method in pruned else layers
             if not repeats_the_rule(method, own):
-                share = 0.0 if METHODS[method].skips_layers else stand_in_share
+                share = 0.0 if method == Prune.name else stand_in_share
                 runs.append(Run(method, ratio, ratio_of(own, num_layers, share), own))
     return runs
 

@@ -128,6 +128,14 @@ class DecoderLayer:
             return updated, update
         return residual.index_copy_(0, rows, updated.add_(update)), None
 
+    def replace(
+        self, residual: torch.Tensor, update: torch.Tensor | None, stand_in: FusedStandIn
+    ) -> torch.Tensor:
+        """The residual stream after a stand-in of the whole layer, for every row; see `forward`."""
+        normed, residual = add_and_norm(self.input_norm, residual, update)
+        stand_in.add_to(residual, normed)
+        return residual
+
     def _queries_and_keys(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

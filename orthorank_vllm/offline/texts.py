@@ -95,6 +95,9 @@ class Forward:
         for index in layers:
             layer, positions = self._decoder.layers[index], self.texts.positions
             if index in chosen and self._method.skips_layers:
+                if self._method.fills_in:
+                    residual = layer.replace(residual, update, stand_ins[index])
+                    update = None
                 continue
             if index not in chosen or self._plan is None:
                 residual, update = layer.forward(self._attention, positions, residual, update)

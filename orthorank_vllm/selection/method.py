@@ -36,6 +36,7 @@ class Method:
     Attributes:
         name, description: for the user.
         skips_layers: a chosen layer is left out altogether, and no token is scored.
+        fills_in: what is left out is replaced by a stand-in, for every token.
         hides_others: tokens that are not selected leave no K and V.
         seed: of `LayerInput.generator`.
     """
@@ -43,6 +44,7 @@ class Method:
     name: ClassVar[str] = "orthorank"
     description: ClassVar[str] = "the selection rule"
     skips_layers: ClassVar[bool] = False
+    fills_in: ClassVar[bool] = False
     hides_others: ClassVar[bool] = False
 
     window: int = DEFAULT_WINDOW

@@ -13,7 +13,9 @@ PRUNED = tuple(LayerKeep(layer, 0.0) for layer in (28, 27))
 
 
 def test_every_method_has_the_rules_layers_but_pruning_which_has_its_own() -> None:
-    runs = plan_runs(["orthorank", "prune", "random"], True, {0.06: THIRDS}, {0.06: PRUNED}, 30)
+    runs = plan_runs(
+        ["orthorank", "prune", "random"], True, {0.06: THIRDS}, {"prune": {0.06: PRUNED}}, 30
+    )
     assert [(run.method, run.layers, round(run.ratio, 4)) for run in runs] == [
         ("dense", (), 0),
         ("orthorank", THIRDS, 0.0667),
@@ -25,8 +27,9 @@ def test_every_method_has_the_rules_layers_but_pruning_which_has_its_own() -> No
 
 def test_a_rival_that_only_chooses_otherwise_is_left_out_where_nothing_is_chosen() -> None:
     methods = list(METHODS)
-    runs = plan_runs(methods, False, {0.06: NOTHING}, {0.06: PRUNED}, 30)
-    assert [run.method for run in runs] == ["orthorank", "prune", "forget"]
+    pruned = {method: {0.06: PRUNED} for method in ("prune", "replace")}
+    runs = plan_runs(methods, False, {0.06: NOTHING}, pruned, 30)
+    assert [run.method for run in runs] == ["orthorank", "prune", "replace", "forget"]
     assert not any(repeats_the_rule(method, (*NOTHING, *THIRDS)) for method in methods)
 
 

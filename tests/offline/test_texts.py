@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import Prompts
-from tests.support.reference import Reference, Request, Rule
+from tests.support.reference import Reference, Request, Rule, with_stand_ins
 from tests.support.replay import SAFE_MARGIN, TOLERANCE
 from tests.support.scripts import Script
 
@@ -17,18 +17,22 @@ THIRD = 1 / 3
 Layers = list[tuple[int, float]]
 LAYERS: Layers = [(1, THIRD), (4, 0.25), (3, 0), (5, 0)]
 THIRDS: Layers = [(layer, THIRD) for layer in (1, 3, 4)]
-HALVES: Layers = [(1, 0.5), (2, 0)]
+HALVES: Layers = [(1, 0.5), (3, 0)]
 RULE = {"window": 128, "tail": 16}
 SCORE = """
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from orthorank_vllm.offline.worker_calls import score_texts
+from orthorank_vllm.model.stand_in import StandIn
+from orthorank_vllm.offline.worker_calls import score_texts, use_stand_ins
 from orthorank_vllm.offline.workers import loaded_workers, measuring_config
 from orthorank_vllm.evaluate.methods import METHODS
+from tests.offline.test_texts import REPLACED
 model_path, texts, first_scored, cases = arguments
 parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
 config = measuring_config(parser.parse_args(["--model", model_path, "--dtype", "float32"]))
 with loaded_workers(config) as workers:
+    maps = {layer: StandIn(*parts) for layer, parts in REPLACED.stand_ins.items()}
+    workers.call(use_stand_ins, maps)
     answer([
         [
             [score.log_prob, score.is_greedy]
@@ -39,6 +43,8 @@ with loaded_workers(config) as workers:
         for layers, name, method, is_served in cases
     ])
 """
+# Read by one of the cases alone: the layers of the others are different ones.
+REPLACED = with_stand_ins(Rule({0: 0, 2: 0}), hidden_size=576)
 # Layers with their keeps, the method, its numbers, and whether what is scored is an answer.
 CASES: dict[str, tuple[Layers, str, dict[str, Any], bool]] = {
     "dense": ([], "orthorank", RULE, False),
@@ -50,6 +56,7 @@ CASES: dict[str, tuple[Layers, str, dict[str, Any], bool]] = {
     "other numbers, answers": (HALVES, "orthorank", {"window": 16, "tail": 64}, True),
     "nothing kept, answers": ([(3, 0), (4, 0)], "orthorank", RULE, True),
     "pruned": (LAYERS, "prune", RULE, False),
+    "replaced": (list(REPLACED.layers.items()), "replace", RULE, False),
     "aligned": (THIRDS, "aligned", RULE, False),
     "random": (LAYERS, "random", RULE, False),
     "random, again": (LAYERS, "random", RULE, False),
@@ -60,6 +67,15 @@ CASES: dict[str, tuple[Layers, str, dict[str, Any], bool]] = {
 # Those of 3 and of 17 tokens have nothing that competes.
 LENGTHS = (200, 37, 17, 260, 200, 3)
 FIRST_SCORED = (1, 30, 9, 100, 190, 2)
+
+
+class NoneSelected(Request):
+    """Not even position 0."""
+
+    def _select(
+        self, index: int, hidden: torch.Tensor, normed: torch.Tensor, start: int, end: int
+    ) -> list[int]:
+        return []
 
 
 class MostAligned(Request):
@@ -163,6 +179,14 @@ def test_pruning_leaves_whole_layers_out(
         layer for index, layer in enumerate(reference.layers) if index not in dict(LAYERS)
     ]
     assert_scored(scored["pruned"], [reference.start(text) for text in texts], FIRST_SCORED)
+
+
+def test_where_layers_are_replaced_every_token_gets_the_map_and_nothing_else(
+    scored: dict[str, list[tuple[float, bool]]], model: Any, texts: list[list[int]]
+) -> None:
+    reference = Reference(model, REPLACED)
+    requests: list[Request] = [NoneSelected(reference, text) for text in texts]
+    assert_scored(scored["replaced"], requests, FIRST_SCORED)
 
 
 def test_the_opposite_rule_takes_the_most_aligned_tokens(
