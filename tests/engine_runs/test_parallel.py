@@ -44,7 +44,8 @@ cached = Job(prompts[0] + prompts[1][:20], want_prompt_logprobs=False)
 donors = list(verdicts[0].requests.values())
 second = engine.run([cached])
 verdicts.append(replay(second, reference, earlier=donors))
-count = sum(len(prompt) for prompt in prompts) + len(cached.prompt) - len(prompts[0]) // 32 * 32
+reused = (len(prompts[0]) - rule["tail"]) // rule["window"] * rule["window"]
+count = sum(len(prompt) for prompt in prompts) + len(cached.prompt) - reused
 def told(name):
     families = REGISTRY.collect()
     return [s.value for family in families for s in family.samples if s.name == "orthorank_" + name]
