@@ -70,6 +70,17 @@ class Aligned(Method):
         return scores.max() - scores
 
 
+class Attended(Method):
+    """The rule with a score that a server has too late: the prompt has to be there as a whole."""
+
+    name = "attended"
+    description = "the tokens that the prompt's end attends to most, in the layer itself"
+
+    def score(self, entering: LayerInput) -> torch.Tensor:
+        """What the attention to each lacks of all attention, [C]."""
+        return 1 - entering.end_attention()[entering.top_k.candidates]
+
+
 class Forget(Method):
     """The rule, and no K and V of what it leaves out."""
 
@@ -80,7 +91,7 @@ class Forget(Method):
 
 METHODS = {
     method.name: method
-    for method in (Method, Prune, Replace, Random, Sink, Normed, Aligned, Forget)
+    for method in (Method, Prune, Replace, Random, Sink, Normed, Aligned, Attended, Forget)
 }
 
 

@@ -107,7 +107,7 @@ class DecoderLayer:
         rows = None if pick is None else pick(residual, normed)
         key, value, query_of = project(self.attn, split, normed)
         if rows is None:
-            query, key = self._queries_and_keys(positions, query_of(None), key)
+            query, key = self._normed_and_placed(positions, query_of(None), key)
             entering = residual
         else:
             key = self._placed(positions, self._normed(self.key_norm, key), None)[0]
@@ -136,7 +136,14 @@ class DecoderLayer:
         stand_in.add_to(residual, normed)
         return residual
 
-    def _queries_and_keys(
+    def queries_and_keys(
+        self, positions: torch.Tensor, normed: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of every row, as attention takes them, [tokens, heads x head size]; see `forward`."""
+        key, _, query_of = project(self.attn, None, normed)
+        return self._normed_and_placed(positions, query_of(None), key)
+
+    def _normed_and_placed(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         query, key = self._normed(self.query_norm, query), self._normed(self.key_norm, key)

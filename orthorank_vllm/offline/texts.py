@@ -8,6 +8,7 @@ are what the rule is compared against.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from orthorank_vllm.attention.varlen import PackedTexts, VarlenAttention
-from orthorank_vllm.model.decoder import Decoder, Pick
+from orthorank_vllm.model.decoder import Decoder, DecoderLayer, Pick
 from orthorank_vllm.model.ops import add_and_norm
 from orthorank_vllm.model.stand_in import FusedStandIn
 from orthorank_vllm.model.tensor_parallel import of_first_rank
+from orthorank_vllm.offline.end_attention import attention_of_end
 from orthorank_vllm.selection.method import LayerInput, Method
 from orthorank_vllm.selection.plan import make_plan
 from orthorank_vllm.selection.topk import SegmentedTopK, select
@@ -108,12 +110,12 @@ class Forward:
                 positions,
                 residual,
                 update,
-                self._pick(keep, stand_ins.get(index)),
+                self._pick(layer, keep, stand_ins.get(index)),
                 stand_in=stand_ins.get(index),
             )
         return residual if update is None else residual.add_(update)
 
-    def _pick(self, keep: float, stand_in: FusedStandIn | None) -> Pick:
+    def _pick(self, layer: DecoderLayer, keep: float, stand_in: FusedStandIn | None) -> Pick:
         top_k = self._top_k.get(keep)
         if top_k is None:
             return lambda *_: self._forced_rows
@@ -122,7 +124,15 @@ class Forward:
             errors = None
             if stand_in is not None and stand_in.knows_errors:
                 errors = stand_in.errors(normed)
-            entering = LayerInput(residual, normed, self._sink_rows, top_k, self._generator, errors)
+            entering = LayerInput(
+                residual,
+                normed,
+                self._sink_rows,
+                top_k,
+                self._generator,
+                partial(attention_of_end, layer, self.texts, normed),
+                errors,
+            )
             return of_first_rank(select(self._method.score(entering), top_k))
 
         return choose

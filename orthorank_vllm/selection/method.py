@@ -1,5 +1,6 @@
 """What is done in the chosen layers: the rule. Methods that it is measured against override it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ class LayerInput:
         residual, normed: [tokens, hidden], the residual stream and the layer's norm of it.
         first_rows: [R] int64, where position 0 is of each text that has candidates.
         generator: of one forward; for methods that draw.
+        end_attention: tells what attention each token gets from its prompt's end, [tokens] float32.
         errors: [tokens] float32, by how much a stand-in is expected to miss each token's update,
             a logarithm; None where that is not known.
     """
@@ -26,6 +28,7 @@ class LayerInput:
     first_rows: torch.Tensor
     top_k: SegmentedTopK
     generator: torch.Generator
+    end_attention: Callable[[], torch.Tensor]
     errors: torch.Tensor | None = None
 
 

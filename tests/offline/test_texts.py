@@ -1,5 +1,6 @@
 """Log-probabilities without a KV cache, on vLLM's modules, against the reference."""
 
+import math
 from typing import Any
 
 import pytest
@@ -58,6 +59,7 @@ CASES: dict[str, tuple[Layers, str, dict[str, Any], bool]] = {
     "pruned": (LAYERS, "prune", RULE, False),
     "replaced": (list(REPLACED.layers.items()), "replace", RULE, False),
     "aligned": (THIRDS, "aligned", RULE, False),
+    "attended, answers": (LAYERS, "attended", RULE, True),
     "random": (LAYERS, "random", RULE, False),
     "random, again": (LAYERS, "random", RULE, False),
     "random, another seed": (LAYERS, "random", {**RULE, "seed": 1}, False),
@@ -92,6 +94,25 @@ class MostAligned(Request):
             ranked = sorted((-float(cosines[row]), row) for row in part)
             selected.update(row for _, row in ranked[: -(-len(part) // 3)])
         return sorted(selected)
+
+
+class MostAttended(Request):
+    """In each window the tokens that the prompt's last 16 attend to most."""
+
+    def _cosines(self, index: int, hidden: torch.Tensor, start: int) -> list[float]:
+        layer = self.reference.layers[index]
+        positions = torch.arange(self.prompt_len)
+        normed = layer.input_layernorm(hidden[: self.prompt_len])
+        keys, _ = self.reference.keys_values(layer, normed, positions)
+        queries = self.reference._rotate(
+            self.reference._project(layer.self_attn, "q", normed), positions
+        )
+        keys = keys.repeat_interleave(len(queries) // len(keys), 0)
+        scores = queries @ keys.transpose(1, 2) * layer.self_attn.scaling
+        visible = positions[:, None] >= positions
+        weights = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
+        attention = weights[:, -16:].mean((0, 1))
+        return [-math.log(share) for share in attention.tolist()]
 
 
 class Forgetful(Reference):
@@ -195,6 +216,17 @@ def test_the_opposite_rule_takes_the_most_aligned_tokens(
     reference = Reference(model, Rule.of({**RULE, "layers": THIRDS}))
     requests: list[Request] = [MostAligned(reference, text) for text in texts]
     assert_scored(scored["aligned"], requests, FIRST_SCORED)
+
+
+def test_the_end_of_the_prompt_may_choose_by_what_it_attends_to(
+    scored: dict[str, list[tuple[float, bool]]], model: Any, texts: list[list[int]]
+) -> None:
+    reference = Reference(model, Rule.of({**RULE, "layers": LAYERS}))
+    requests: list[Request] = []
+    for text, first in zip(texts, FIRST_SCORED, strict=True):
+        requests.append(MostAttended(reference, text[:first]))
+        requests[-1].tokens = list(text)
+    assert_scored(scored["attended, answers"], requests, FIRST_SCORED)
 
 
 def test_random_tokens_depend_on_the_seed_alone(
