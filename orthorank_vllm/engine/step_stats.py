@@ -74,8 +74,13 @@ class StepCounter:
             return
         is_first = self._is_first_stage
         self.metrics.count_saved(
-            flops_saved(plan, self._shapes, outcome.keeps, self._last_layer, outcome.stand_in_rank),
+            flops_saved(
+                plan, self._shapes, outcome.quotas, self._last_layer, outcome.stand_in_rank
+            ),
             outcome.sink_hits if is_first else 0,
             outcome.sink_misses if is_first else 0,
         )
-        self.metrics.count_updates(prompt_tokens, outcome.skipped)
+        skipped = {
+            layer: plan.num_tokens - quota.num_selected for layer, quota in outcome.quotas.items()
+        }
+        self.metrics.count_updates(prompt_tokens, skipped)

@@ -92,7 +92,7 @@ class WorkerMetrics:
             tail=str(config.tail),
             aligned=str(config.is_aligned).lower(),
             stand_in=Path(config.stand_in).name or OFF,
-            layers=",".join(map(str, config.layers)),
+            layers=",".join(map(str, config.default_layers)),
             chosen_by=config.source,
             measured=str(config.measured).lower(),
             version=__version__,

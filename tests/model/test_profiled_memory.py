@@ -86,14 +86,14 @@ class Model:
             embed=lambda tokens: torch.randn(len(tokens), HIDDEN),
         )
         self.selective = {
-            index: SelectiveLayer(keep, index - 1 if keep else None, stand_in=stand_in())
+            index: SelectiveLayer(index - 1, index - 1 if keep else None, stand_in=stand_in())
             for index in range(1, LAYERS - 1)
         }
         self.sinks = SinkTable(LAYERS - 2 if keep else 0, 2 * REQUESTS, HIDDEN, torch.float32, CPU)
 
     def peak(self, batch: Batch) -> int:
         """Bytes that a step takes; 0 for a dense one, which is stock vLLM's."""
-        plan = make_plan(batch, [self.keep], WINDOW, self.tail)
+        plan = make_plan(batch, [self.keep] * (LAYERS - 2), WINDOW, self.tail)
         if plan is None:
             return 0
         way = AttentionBackend("none", lambda *_: Attend())
@@ -158,7 +158,8 @@ def test_no_step_takes_more_memory_than_the_profile_run(keep: float, tail: int) 
     """
     model = Model(keep, tail)
     most = max(
-        model.peak(rehearsed) for rehearsed in profile_run_batches(TOKENS, REQUESTS, [keep], tail)
+        model.peak(rehearsed)
+        for rehearsed in profile_run_batches(TOKENS, REQUESTS, [keep] * (LAYERS - 2), tail)
     )
     # What the host makes of the arrays of a plan is less than this.
     allowed = most * 1.01
