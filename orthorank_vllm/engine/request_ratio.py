@@ -9,8 +9,8 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from orthorank_vllm.config import OrthoRankConfig
-from orthorank_vllm.options import MAX_RATIO
+from orthorank_vllm.config import FLOAT_NOISE, OrthoRankConfig
+from orthorank_vllm.options import MAX_RATIO, at_most
 
 KEY = "orthorank_ratio"
 
@@ -27,10 +27,10 @@ def num_selective(config: OrthoRankConfig, params: Any) -> int:
     """In how many of the selective layers, the first of their order, a request skips tokens.
 
     Args:
-        params: vLLM's `SamplingParams`, which `check_ratio` has seen.
+        params: vLLM's `SamplingParams`; what `check_ratio` would refuse is the server's own.
     """
     asked = _asked(params)
-    return config.num_default if asked is None else config.num_for(asked)
+    return config.num_for(asked) if _is_ratio(asked) else config.num_default
 
 
 def is_dense(config: OrthoRankConfig, params: Any) -> bool:
@@ -54,9 +54,8 @@ def check_ratio(additional_config: Any, params: Any, is_session: bool) -> None:
         return
     config = OrthoRankConfig.of_engine(additional_config)
     most = 0.0 if config is None else config.most_ratio
-    is_number = isinstance(asked, int | float) and not isinstance(asked, bool)
-    if not (is_number and 0 <= asked <= most + 1e-9):
-        allowed = f"give a number from 0 to {most:.4g}, this server's {MAX_RATIO.flag}"
+    if not (_is_ratio(asked) and asked <= most + FLOAT_NOISE):
+        allowed = f"give a number from 0 to {at_most(most)}, this server's {MAX_RATIO.flag}"
         if not most:
             allowed = "OrthoRank is off in this server: give 0, or leave it out"
         raise RequestError(f"{KEY} {shortened(asked)}: not allowed, {allowed}")
@@ -64,6 +63,10 @@ def check_ratio(additional_config: Any, params: Any, is_session: bool) -> None:
         raise RequestError(
             f"{KEY} {asked}: not possible for a prompt that comes in parts, leave it out"
         )
+
+
+def _is_ratio(asked: Any) -> bool:
+    return isinstance(asked, int | float) and not isinstance(asked, bool) and asked >= 0
 
 
 def _asked(params: Any) -> Any:

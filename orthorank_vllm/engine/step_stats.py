@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from orthorank_vllm.flops import Shapes, flops_saved
 from orthorank_vllm.metrics import definitions
 from orthorank_vllm.metrics.recorder import WorkerMetrics, labels_of
@@ -68,6 +70,10 @@ class StepCounter:
             return
         prompt_tokens = int(batch.prompt_tokens.sum())
         if self._is_first_stage:
+            if batch.num_selective is not None:
+                self.metrics.count_ratios(
+                    np.bincount(batch.num_selective, batch.prompt_tokens).astype(int).tolist()
+                )
             self.metrics.count_prefill_step(path, prompt_tokens, seconds.forward, seconds.plan)
         if plan is None or outcome is None:
             self.metrics.count_updates(prompt_tokens, {})
