@@ -175,12 +175,17 @@ class SparsePrefill:
         """The plan of one forward, None if it is a dense one."""
         if self.config.to_choose:
             raise RuntimeError("OrthoRank was to choose its layers at start-up and has not")
-        keeps = [keep or 0.0 for _, keep in self.config.layers]
+        keeps = self._keeps
         if self.is_paused or not keeps:
             return None
         if any(keeps) and not (self._decoder.is_first and self._decoder.is_last):
             batch = self._with_known_sinks(batch, keeps)
         return make_plan(batch, keeps, self.config.window, self.config.tail)
+
+    @property
+    def _keeps(self) -> list[float]:
+        """Of the whole model's selective layers, in their order."""
+        return [keep or 0.0 for _, keep in self.config.layers]
 
     def _with_known_sinks(self, batch: Batch, keeps: Sequence[float]) -> Batch:
         """Requests whose sink's state a pipeline stage lacks do not compete: it cannot compute it.
@@ -259,7 +264,7 @@ class SparsePrefill:
         self._needs_profile_run = False
         config = self.config
         for batch in profile_run_batches(
-            len(positions), self._max_num_seqs, config.keeps, config.tail
+            len(positions), self._max_num_seqs, self._keeps, config.tail
         ):
             plan = self.plan(batch)
             if plan is not None:

@@ -207,12 +207,13 @@ def _begins(values: Ints) -> Bools:
 
 
 def profile_run_batches(
-    num_tokens: int, most_requests: int, keeps: Iterable[float], tail: int
+    num_tokens: int, most_requests: int, keeps: Sequence[float], tail: int
 ) -> tuple[Batch, Batch]:
     """Two batches of so many tokens, one of which any other needs no more memory than.
 
     As many prompts as there can be: each is scored against a sink of its own, rounds up what it
-    selects, has a tail, and is long enough that something of it is skipped at each keep. And as
+    selects, has a tail, and is long enough that something of it is skipped at each keep; in layers
+    of as many kinds as there can be, by requests of as many ratios. And as
     many selected rows as there can be, an answer that is computed again after a preemption, beside
     a request that decodes after a long context.
     """
@@ -224,7 +225,8 @@ def profile_run_batches(
     # Fewer tokens than that are a chunk of a longer prompt.
     prompt_len = np.where(length < least, length + tail, length)
     nothing = np.zeros_like(length)
-    prompts = Batch(nothing, length, prompt_len, first_token=nothing, wants_all_rows=True)
+    selective = len(keeps) - np.arange(requests) % max(len(keeps), 1)
+    prompts = Batch(nothing, length, prompt_len, nothing, True, num_selective=selective)
     if num_tokens == 1:
         return prompts, prompts
     again = num_tokens - 1

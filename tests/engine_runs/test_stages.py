@@ -53,6 +53,7 @@ class Pipeline:
     def __init__(self, first_of_second):
         self.stages = [stage(0, first_of_second), stage(first_of_second, len(whole.layers))]
         self.skipped = [0, 0]
+        self.config = orthorank.config
 
     def plan(self, batch):
         first, second = (stage.plan(batch) for stage in self.stages)

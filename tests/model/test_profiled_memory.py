@@ -1,5 +1,6 @@
 """vLLM sizes its KV cache by what the profile run takes: no step may take more."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -121,6 +122,11 @@ def stand_in() -> FusedStandIn:
     return StandIn(*parts).fused(torch.device("cpu"), torch.float32)
 
 
+def of_every_ratio(made: Batch) -> Batch:
+    """Its requests skip in no layer, in one, in two, and so on."""
+    return replace(made, num_selective=np.arange(len(made.query_len)) % (LAYERS - 1))
+
+
 def batch(*requests: tuple[int, int, int], reads_all: bool = True) -> Batch:
     """(tokens computed, tokens in this forward, prompt length) of each request."""
     computed, query_len, prompt_len = np.array(requests, dtype=np.int64).T
@@ -140,6 +146,8 @@ def steps() -> dict[str, Batch]:
         "many cached prompts, all sinks lost": batch(*[(400, 2, 402)] * REQUESTS),
         "a prompt beside much decoding": batch(*[(900, 1, 5)] * (REQUESTS - 1), (0, last, last)),
         "guesses to verify beside a prompt": batch(*[(900, 4, 5)] * 100, (0, 112, 112)),
+        "many prompts of every ratio": of_every_ratio(batch(*[(0, 8, 8)] * (TOKENS // 8))),
+        "late chunks of every ratio": of_every_ratio(batch(*[(400, 12, 900)] * (TOKENS // 12))),
         "only what is sampled is read": batch((0, TOKENS, TOKENS), reads_all=False),
     }
 
