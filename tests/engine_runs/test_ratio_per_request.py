@@ -142,3 +142,31 @@ def test_each_request_of_a_mixed_batch_is_answered_as_by_a_server_of_its_ratio(f
                 if aligned == "on" or ratio == 0
             ]
             assert all(difference < TOLERANCE for difference in worst), (aligned, ratio, worst)
+
+
+SINKS = """
+from tests.support.replay import Engine, Job
+path, rule, block_size = arguments
+engine = Engine(
+    path, enforce_eager=True, skip_tokenizer_init=True, max_model_len=512, block_size=block_size,
+    num_gpu_blocks_override=64, additional_config={"orthorank": rule},
+)
+prompt = [7 * n % 490 + 5 for n in range(300)]
+def served(tokens, ratio):
+    job = Job(tokens, 4, want_prompt_logprobs=False, ratio=ratio)
+    run = engine.run([job])
+    told = zip(job.generated, job.output.outputs[0].logprobs)
+    return [entry[token].logprob for token, entry in told], run.chunks(job)[0].num_computed
+cold, _ = served(prompt, 0.5)
+engine.forget_sinks()
+served([prompt[0], *range(100, 200)], None)
+cached, reused = served(prompt, 0.5)
+answer([cold, cached, reused])
+"""
+
+
+def test_a_sink_left_by_a_request_of_fewer_layers_serves_one_of_more(folder: str) -> None:
+    """Break seen: written in the layers alone that some request of its step skips in."""
+    cold, cached, reused = Script(SINKS, folder, {**RULE, **MIXED}, BLOCK_SIZE).answer
+    assert reused >= WINDOW
+    assert worst_of([["", cold]], [["", cached]]) < TOLERANCE
