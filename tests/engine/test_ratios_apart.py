@@ -64,7 +64,7 @@ def test_no_salt_of_a_clients_finds_another_ratios_blocks(model_path: str) -> No
 
 
 def test_a_block_that_only_its_answer_fills_is_apart_too(model_path: str) -> None:
-    """Break seen: hashes that were there salted afterwards, and that one not."""
+    """Guards against: the hashes that are there salted, and not one that comes later."""
     prompt = LONG[: BLOCK - 1]
     server = Server(model_path, UNALIGNED, [FULL])
     request = server.add(prompt, max_tokens=60, **asking(0.08))

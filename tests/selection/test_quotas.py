@@ -76,7 +76,7 @@ def test_each_request_computes_in_each_layer_what_it_would_by_itself(
     tail: int,
     data: st.DataObject,
 ) -> None:
-    """Breaks seen: the layers counted from 1; those of one keep alike whoever skips in them."""
+    """Breaks seen: a layer too many; those of one keep alike whoever skips in them."""
     batch = batch_of(requests)
     plan = make_plan(batch, keeps, window, tail)
     tokens = int(batch.query_len.sum())
