@@ -184,7 +184,7 @@ class SparsePrefill:
 
     @property
     def _keeps(self) -> list[float]:
-        """Of the whole model's selective layers, in their order."""
+        """The keeps of all selective layers, in their order."""
         return [keep or 0.0 for _, keep in self.config.layers]
 
     def _with_known_sinks(self, batch: Batch, keeps: Sequence[float]) -> Batch:
