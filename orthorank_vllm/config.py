@@ -1,12 +1,14 @@
 """Which layers are selective: the options, resolved for one model."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from orthorank_vllm.options import RATIO, LayerKeep, at_most
+from orthorank_vllm.options import MAX_RATIO, RATIO, LayerKeep, at_most
 from orthorank_vllm.profiles import Cost, MeasuredRule, Profile
 from orthorank_vllm.selection.borders import Borders
 
@@ -17,6 +19,9 @@ UNMEASURED = "the last layers, not measured"
 # Of layers that are not measured, at least so many stay dense: the first form the sink, and what is
 # looked up is found in the middle.
 UNMEASURED_DENSE = 0.5
+
+# What a ratio may be missed by.
+FLOAT_NOISE = 1e-9
 
 # Why a start does not measure, and what would help.
 CALIBRATION_OFF = (
@@ -32,12 +37,15 @@ class OrthoRankConfig:
 
     Attributes:
         ratio_asked: None where layers were given without one, or the ratio is to be found.
+        max_ratio: the most that a request may ask for, where that is not the same.
         max_loss: what the ratio is to be found by; None where it is given.
         aligned: whether prompts are to be cut at windows' ends alone; see `borders`.
         keep: of every layer, if given by hand.
         wants_stand_in: whether a profile is to bring what stands in for skipped updates.
         stand_in, stand_in_share: file of those maps, empty for none; see `Profile.share`.
-        layers: in the profile's order; may be none.
+        layers: in the profile's order; may be none. Those of the largest ratio.
+        first_layers: how many of them, the first ones, a request has that asks for nothing; None:
+            all.
         to_choose: the layers are still to be chosen when the weights are loaded.
         measured_on: fingerprint of the weights that `layers` were measured on; empty
             where nothing was measured, or it is not known.
@@ -50,6 +58,7 @@ class OrthoRankConfig:
     window: int
     tail: int
     num_layers: int
+    max_ratio: float | None = None
     max_loss: float | None = None
     aligned: bool = True
     keep: float | None = None
@@ -57,6 +66,7 @@ class OrthoRankConfig:
     stand_in: str = ""
     stand_in_share: float = 0.0
     layers: tuple[LayerKeep, ...] = ()
+    first_layers: int | None = None
     source: str = ""
     to_choose: bool = False
     calibrate_seconds: float = 0.0
@@ -67,9 +77,51 @@ class OrthoRankConfig:
     remedy: str = ""
 
     @property
+    def num_default(self) -> int:
+        """How many of the layers, the first ones, a request has that asks for nothing."""
+        return len(self.layers) if self.first_layers is None else self.first_layers
+
+    @property
+    def default_layers(self) -> tuple[LayerKeep, ...]:
+        return self.layers[: self.num_default]
+
+    @property
     def ratio(self) -> float:
         """The ratio reached: the fraction of token-layer updates that prefill skips."""
-        return ratio_of(self.layers, self.num_layers, self.stand_in_share)
+        return self.ratio_with(self.num_default)
+
+    def ratio_with(self, count: int) -> float:
+        """The ratio that so many of the layers reach, the first ones."""
+        return ratio_of(self.layers[:count], self.num_layers, self.stand_in_share)
+
+    @property
+    def most_asked(self) -> float | None:
+        """The ratio that the layers are to reach; None where no number was given."""
+        return self.ratio_asked if self.max_ratio is None else self.max_ratio
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the ratio is to be found by the loss."""
+        return self.max_loss is not None
+
+    @property
+    def most_ratio(self) -> float:
+        """The largest ratio that a request may ask for.
+
+        Any, where the server's own is to be found: it gets all layers that were.
+        """
+        if self.most_asked is not None:
+            return self.most_asked
+        return 1.0 if self.is_auto else ratio_of(self.layers, self.num_layers)
+
+    @cached_property
+    def _reached(self) -> list[float]:
+        counts = range(len(self.layers) + 1)
+        return [ratio_of(self.layers[:count], self.num_layers) + FLOAT_NOISE for count in counts]
+
+    def num_for(self, ratio: float) -> int:
+        """How many of the layers, the first ones, make a ratio; all where they are too few."""
+        return min(bisect_left(self._reached, ratio), len(self.layers))
 
     @property
     def rule(self) -> MeasuredRule:
@@ -127,20 +179,39 @@ class OrthoRankConfig:
         )
 
     def with_layers(self, layers: Sequence[LayerKeep], source: str) -> "OrthoRankConfig":
-        """A copy whose layers are chosen."""
-        return replace(
-            self, layers=tuple(layers), source=source, to_choose=False, calibrate_seconds=0.0
+        """A copy whose layers are chosen: those of the largest ratio."""
+        chosen = replace(
+            self,
+            layers=tuple(layers),
+            first_layers=None,
+            source=source,
+            to_choose=False,
+            calibrate_seconds=0.0,
         )
+        if self.max_ratio is None or self.ratio_asked is None:
+            return chosen
+        return replace(chosen, first_layers=chosen.num_for(self.ratio_asked))
 
     def entries_needed(self, profile: Profile) -> int | None:
-        """How many of a profile's entries make what was asked for.
+        """How many of a profile's entries make the most that was asked for.
 
         None if it has too few, or, where the loss decides, no figures of what is run.
         """
+        if self.is_auto:
+            within = self.within_loss(profile)
+            if within is None or self.max_ratio is None:
+                return within
+        assert self.most_asked is not None
         counts = range(1, len(profile.entries) + 1)
-        if self.ratio_asked is not None:
-            enough = (count for count in counts if self.reached(profile, count) >= self.ratio_asked)
-            return next(enough, None)
+        enough = (count for count in counts if self.reached(profile, count) >= self.most_asked)
+        return next(enough, None)
+
+    def within_loss(self, profile: Profile) -> int | None:
+        """How many of a profile's entries lose no more than is allowed, by figures of what is run.
+
+        None if it has none.
+        """
+        counts = range(1, len(profile.entries) + 1)
         assert self.max_loss is not None
         costs = {count: cost for count in counts if (cost := _expected(profile, count)) is not None}
         if not costs or not self._is_of(profile):
@@ -153,7 +224,7 @@ class OrthoRankConfig:
 
         What is asked for: the stand-ins' own work counts in the ratio that is told.
         """
-        return ratio_of(self._of(profile, count), self.num_layers) + 1e-9
+        return ratio_of(self._of(profile, count), self.num_layers) + FLOAT_NOISE
 
     def with_profile(self, profile: Profile, source: str = "") -> "OrthoRankConfig":
         """A copy with the first entries of a profile, all of them where they are too few.
@@ -162,9 +233,10 @@ class OrthoRankConfig:
             source: for the start-up line; by itself the profile's name.
         """
         source = source or f"profile {profile.name}"
+        within = self.within_loss(profile) if self.is_auto else None
         count = self.entries_needed(profile)
         if count is None:
-            count = 0 if self.ratio_asked is None else len(profile.entries)
+            count = 0 if self.is_auto and within is None else len(profile.entries)
         if not count:
             return self.dense(
                 f"by {source} no layer can be selective at a loss of {self.max_loss}",
@@ -172,9 +244,12 @@ class OrthoRankConfig:
             )
         chosen = self._with_stand_in(profile).with_layers(self._of(profile, count), source)
         chosen = replace(chosen, measured_on=profile.weights or "")
+        if within is not None:
+            chosen = replace(chosen, first_layers=min(within, count))
         if not self._is_of(profile):
             return chosen
-        return replace(chosen, expected=_expected(profile, count), advised=_advised(profile))
+        expected = _expected(profile, chosen.num_default)
+        return replace(chosen, expected=expected, advised=_advised(profile))
 
     def unmeasured(self, reason: str, remedy: str) -> "OrthoRankConfig":
         """A copy with layers that nothing was measured for: the last ones.
@@ -185,14 +260,15 @@ class OrthoRankConfig:
         Raises:
             OptionError: there are too few that may be guessed.
         """
-        if self.ratio_asked is None:
+        if self.is_auto or self.most_asked is None:
             return self.dense(reason, remedy)
         keep = 0.0 if self.keep is None else self.keep
         most = int(self.num_layers * (1 - UNMEASURED_DENSE))
-        count = math.ceil(self.ratio_asked * self.num_layers / (1 - keep) - 1e-9)
+        count = math.ceil(self.most_asked * self.num_layers / (1 - keep) - 1e-9)
         if count > most:
-            raise RATIO.rejected(
-                self.ratio_asked,
+            option = RATIO if self.max_ratio is None else MAX_RATIO
+            raise option.rejected(
+                self.most_asked,
                 f"it needs {count} selective layers, and of layers that are not measured "
                 f"({reason}) only the last {most} of this model's {self.num_layers} may be; "
                 f"{remedy}",
@@ -220,15 +296,20 @@ class OrthoRankConfig:
         if not self.is_aligned:
             window += ", not aligned (what is computed of a prompt depends on load)"
         expected = "" if self.expected is None else f", expected loss {describe(self.expected)}"
+        layers, more = self.default_layers, self.layers[self.num_default :]
+        by_request = ""
+        if more:
+            most = self.ratio_with(len(self.layers))
+            by_request = f" and up to {most:.3f} by request [{','.join(map(str, more))}]"
         return (
             f"OrthoRank is active: ratio {self.ratio:.3f}{asked}, {window}, "
-            f"tail {self.tail}{stand_in}, {len(self.layers)} of {self.num_layers} layers selective "
-            f"[{','.join(map(str, self.layers))}], chosen by {self.source}{expected}"
+            f"tail {self.tail}{stand_in}, {len(layers)} of {self.num_layers} layers selective "
+            f"[{','.join(map(str, layers))}]{by_request}, chosen by {self.source}{expected}"
         )
 
     def warning(self) -> str:
         """What these layers cost, if that is much, or that nobody knows; else empty."""
-        if not self.layers:
+        if not self.default_layers:
             return ""
         if self.expected is None:
             return (

@@ -9,6 +9,7 @@ import numpy as np
 
 from orthorank_vllm.options import DEFAULT_TAIL, DEFAULT_WINDOW
 from orthorank_vllm.selection.plan import Batch, Plan, make_plan
+from orthorank_vllm.selection.quotas import Quota
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,14 @@ def prefill_flops(
     plan = make_plan(batch, layers.values(), window, tail)
     if plan is None or not layers:
         return dense
-    return dense - flops_saved(plan, shapes, layers, shapes.layers - 1)
+    quotas = dict(zip(layers, plan.quotas, strict=True))
+    return dense - flops_saved(plan, shapes, quotas, shapes.layers - 1)
 
 
 def flops_saved(
     plan: Plan,
     shapes: Shapes,
-    layers: Mapping[int, float],
+    quotas: Mapping[int, Quota | None],
     last_layer: int | None,
     stand_in_rank: int = 0,
 ) -> float:
@@ -126,16 +128,16 @@ def flops_saved(
     that its layer computes for it, K and V apart, to be left out.
 
     Args:
-        layers: the selective ones that run it, and the keep of each.
+        quotas: of the plan's, those of the selective layers that run it.
         last_layer: the model's, which computes only what is read, if it runs it.
         stand_in_rank: of all layers' stand-ins together, whose own work is none saved.
     """
     batch = plan.batch
     computes_few = last_layer is not None and plan.sampled_rows is not None
     skipped = np.zeros_like(batch.query_len)
-    for layer, keep in layers.items():
-        if not (computes_few and layer == last_layer):
-            skipped = skipped + batch.query_len - plan.quotas[keep].selected_per_request
+    for layer, quota in quotas.items():
+        if quota is not None and not (computes_few and layer == last_layer):
+            skipped = skipped + batch.query_len - quota.selected_per_request
     if computes_few:
         skipped = skipped + batch.query_len - plan.sampled_per_request
     keys = batch.num_computed + (batch.prompt_tokens + 1) / 2

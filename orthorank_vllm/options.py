@@ -148,6 +148,14 @@ RATIO = Option(
     lambda ratio: ratio == AUTO or 0 <= ratio < 1,
     f"give a number from 0 (off) to below 1, or {AUTO}",
 )
+MAX_RATIO = Option(
+    "max_ratio",
+    "The largest ratio that a request may ask for by its `orthorank_ratio` (default: "
+    f"{RATIO.flag}).",
+    _number,
+    lambda number: 0 <= number < 1,
+    "give a number from 0 to below 1",
+)
 MAX_LOSS = Option(
     "max_loss",
     f"With --orthorank-ratio {AUTO}: the most that an answer may lose on the worst kind of text, "
@@ -237,7 +245,7 @@ ENDPOINT = Option(
     "endpoint", "Let the server answer GET /orthorank: what it runs and has counted, as JSON."
 )
 OPTIONS = (
-    *(RATIO, MAX_LOSS, KEEP, WINDOW, TAIL, ALIGNED, STAND_IN, LAYERS),
+    *(RATIO, MAX_RATIO, MAX_LOSS, KEEP, WINDOW, TAIL, ALIGNED, STAND_IN, LAYERS),
     *(PROFILE, CALIBRATE_SECONDS, ATTENTION, ENDPOINT),
 )
 OFFLINE = {option.name: option for option in OPTIONS if option.read is not None}
@@ -263,6 +271,7 @@ class Options:
     """The options as given; `None` is "not given"."""
 
     ratio: Any
+    max_ratio: float | None
     max_loss: float | None
     keep: float | None
     window: int
@@ -291,6 +300,8 @@ class Options:
         parsed = {
             name: OFFLINE[name].parse(value) for name, value in given.items() if value is not None
         }
+        if parsed.get("max_ratio") and "layers" not in parsed:
+            parsed.setdefault("ratio", 0.0)
         options = cls(**{name: option.default for name, option in OFFLINE.items()} | parsed)
         if options.ratio is None and options.layers is None and parsed:
             name = next(iter(parsed))
@@ -301,8 +312,17 @@ class Options:
 
     @property
     def is_active(self) -> bool:
-        """Whether OrthoRank was asked for; a ratio of 0 switches everything off."""
+        """Whether OrthoRank was asked for; a ratio of 0 that requests may not raise is none."""
+        if self.max_ratio:
+            return True
         return self.layers is not None if self.ratio is None else self.ratio != 0
+
+    @property
+    def most_asked(self) -> tuple[Option, Any]:
+        """The largest ratio that was given, a number or `auto`, and by what option; or None."""
+        if self.max_ratio is not None:
+            return MAX_RATIO, self.max_ratio
+        return RATIO, self.ratio
 
     @property
     def layer_keeps(self) -> tuple[LayerKeep, ...]:
@@ -328,9 +348,15 @@ class Options:
                     )
         elif self.max_loss is not None:
             raise MAX_LOSS.rejected(self.max_loss, f"it changes nothing without {RATIO.flag} auto")
-        elif self.ratio is not None and self.keep is not None and self.ratio > 1 - self.keep + 1e-9:
-            raise RATIO.rejected(
-                self.ratio,
+        elif self.ratio is not None and self.most_asked[1] < self.ratio:
+            raise MAX_RATIO.rejected(
+                self.max_ratio,
+                f"with {RATIO.flag} {self.ratio:.4g} give a number from that to below 1",
+            )
+        option, most = self.most_asked
+        if most not in (None, AUTO) and self.keep is not None and most > 1 - self.keep + 1e-9:
+            raise option.rejected(
+                most,
                 f"with {KEEP.flag} {self.keep:.4g} give at most {at_most(1 - self.keep)}, "
                 "which makes every layer selective",
             )

@@ -30,7 +30,8 @@ def register() -> None:
     _read_lists()
     _configure_engine()
     _calibrate_at_start()
-    _keep_tails_out_of_the_prefix_cache()
+    _limit_the_prefix_cache()
+    _check_requests()
     _show_metrics_of_several_servers()
     _register_architectures()
     _registered = True
@@ -151,14 +152,15 @@ def _calibrate_at_start() -> None:
     Executor.__init__ = __init__
 
 
-def _keep_tails_out_of_the_prefix_cache() -> None:
+def _limit_the_prefix_cache() -> None:
     # Why: a prompt's tail may lie in blocks that a longer prompt filled without computing those
-    # rows, and vLLM has no interface for how far a prompt may be reused, or left for others.
+    # rows, or one of another ratio, and vLLM has no interface for how far a prompt may be reused,
+    # or left for others.
     # Breaks on: a scheduler that looks its requests up elsewhere (other classes are refused).
     from vllm.v1.core.sched.scheduler import Scheduler
 
     from orthorank_vllm.config import OrthoRankConfig
-    from orthorank_vllm.engine.prefix_cache import keep_tails_out
+    from orthorank_vllm.engine.prefix_cache import keep_ratios_apart, keep_tails_out
 
     original = Scheduler.__init__
 
@@ -168,8 +170,31 @@ def _keep_tails_out_of_the_prefix_cache() -> None:
         config = OrthoRankConfig.of_engine(vllm_config.additional_config)
         if config is not None:
             keep_tails_out(self.kv_cache_manager, config, self.block_size)
+            keep_ratios_apart(self, config)
 
     Scheduler.__init__ = __init__
+
+
+def _check_requests() -> None:
+    # Why: a request's ratio must be refused before the engine has it, and a logits processor, whose
+    # `validate_params` vLLM calls, would be one more step of sampling, refused with speculation.
+    # Breaks on: requests that reach the engine past this one function (the workers then take the
+    # server's own ratio for what is no number, and their largest for what is too large).
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from orthorank_vllm.engine.request_ratio import check_ratio
+
+    original = InputProcessor.process_inputs
+
+    @functools.wraps(original)
+    def process_inputs(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        is_session = kwargs.get("resumable", False)
+        check_ratio(self.vllm_config.additional_config, params, is_session)
+        return original(self, request_id, prompt, params, *args, **kwargs)
+
+    InputProcessor.process_inputs = process_inputs
 
 
 def _show_metrics_of_several_servers() -> None:

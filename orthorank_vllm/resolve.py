@@ -52,6 +52,7 @@ def resolve(
     max_loss = DEFAULT_MAX_LOSS if options.max_loss is None else options.max_loss
     config = OrthoRankConfig(
         ratio_asked=None if is_auto else options.ratio,
+        max_ratio=options.max_ratio,
         max_loss=max_loss if is_auto else None,
         keep=options.keep,
         window=options.window,
@@ -80,8 +81,9 @@ def resolve(
         return config.unmeasured(*NO_WEIGHTS)
     if options.calibrate_seconds:
         return to_choose
-    if shipped is not None and not is_auto:
-        raise RATIO.rejected(options.ratio, _lack(shipped, config))
+    option, most = options.most_asked
+    if shipped is not None and most != AUTO:
+        raise option.rejected(most, _lack(shipped, config))
     return config.unmeasured(*CALIBRATION_OFF)
 
 
@@ -94,14 +96,15 @@ def _check_layers(options: Options, num_layers: int) -> None:
         is_yaml = any(layer % 60 == 0 for layer in too_high)
         hint = ' (in a YAML list a layer with its keep needs quotes, "29:0")' if is_yaml else ""
         raise LAYERS.rejected(given, f"this model has layers 0 to {num_layers - 1}{hint}")
-    if options.ratio is not None:
+    option, asked = options.most_asked
+    if asked is not None:
         reached = ratio_of(layers, num_layers)
         one_layer = max(1 - (keep or 0.0) for _, keep in layers) / num_layers
-        if abs(reached - options.ratio) > one_layer + 1e-9:
+        if abs(reached - asked) > one_layer + 1e-9:
             raise LAYERS.rejected(
                 given,
                 f"these {len(layers)} layers reach ratio {reached:.3f}, "
-                f"which does not agree with --orthorank-ratio {options.ratio:.4g}",
+                f"which does not agree with {option.flag} {asked:.4g}",
             )
 
 
@@ -128,10 +131,12 @@ def _with_given_stand_in(
 
 def _lack(profile: Profile, config: OrthoRankConfig) -> str:
     """Why a profile's entries do not make what was asked for."""
-    if config.ratio_asked is not None:
+    if config.most_asked is not None and not (
+        config.is_auto and config.within_loss(profile) is None
+    ):
         most = config.reached(profile, len(profile.entries))
         return (
-            f"ratio {config.ratio_asked:.4g} is more than the {at_most(most)} that the "
+            f"ratio {config.most_asked:.4g} is more than the {at_most(most)} that the "
             f"{len(profile.entries)} layers of profile {profile.name} reach"
         )
     if not any(entry.cost or entry.held_back for entry in profile.entries):

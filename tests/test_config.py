@@ -120,6 +120,46 @@ def test_auto_needs_figures_of_what_is_run(unfit: Profile) -> None:
     assert not config.measured
 
 
+@pytest.mark.parametrize(("ratio", "count"), [(0.0, 0), (0.001, 1), (0.2, 2), (0.25, 3), (0.4, 5)])
+def test_the_layers_are_those_of_the_largest_ratio_and_the_first_ones_the_default(
+    ratio: float, count: int
+) -> None:
+    config = with_ratio(ratio, max_ratio=0.4)
+    assert config.layers == tuple(entry.layer_keep for entry in ENTRIES)
+    assert config.default_layers == config.layers[:count] == with_ratio(ratio).layers[:count]
+    assert config.ratio == pytest.approx([0, 0.1, 0.2, 0.275, 0.375, 0.475][count])
+    assert config.expected == (ENTRIES[count - 1].held_back if count else None)
+    assert [config.num_for(each) for each in (0, 0.05, 0.1, 0.2001, 0.375, 0.4, 0.9)] == [
+        *(0, 1, 1, 3, 4, 5, 5),
+    ]
+
+
+def test_the_start_up_line_tells_what_more_may_be_asked_for() -> None:
+    assert (
+        "ratio 0.200 (asked for 0.2), window 128, tail 64, 2 of 10 layers selective [9:0,8:0] and "
+        "up to 0.375 by request [3:0.25,7:0], chosen by profile mine"
+    ) in with_ratio(0.2, max_ratio=0.3).describe()
+
+
+def test_auto_beside_a_largest_ratio_loads_that_ones_layers() -> None:
+    config = replace(AUTO, max_ratio=0.475).with_profile(profile())
+    assert (len(config.layers), config.num_default) == (5, 4)
+    assert config.expected == ENTRIES[3].held_back
+    bounded = replace(AUTO, max_ratio=0.2).with_profile(profile())
+    assert (len(bounded.layers), bounded.num_default) == (2, 2)
+    assert replace(AUTO, max_ratio=0.475).with_profile(without_costs()).layers == ()
+    assert replace(AUTO, max_ratio=0.475).entries_needed(without_costs()) is None
+    assert replace(AUTO, max_ratio=0.9).entries_needed(profile()) is None
+
+
+def test_unmeasured_layers_reach_the_largest_ratio_too() -> None:
+    config = replace(CONFIG, max_ratio=0.5).unmeasured(*CALIBRATION_OFF)
+    assert [layer for layer, _ in config.layers] == [9, 8, 7, 6, 5]
+    assert config.num_default == 3
+    with pytest.raises(OptionError, match=r"--orthorank-max-ratio 0\.51"):
+        replace(CONFIG, max_ratio=0.51).unmeasured("", "help")
+
+
 def test_auto_that_can_take_no_layer_says_so() -> None:
     lossy = profile(Entry(3, 0.0, cost(0.5)))
     assert AUTO.entries_needed(lossy) == 0
@@ -224,6 +264,7 @@ def test_auto_without_a_measurement_is_dense() -> None:
     [
         with_ratio(0.25),
         with_ratio(0.475, keep=THIRD, window=0, tail=1),
+        with_ratio(0.1, max_ratio=0.3),
         CONFIG.with_profile(without_costs()),
         AUTO.with_profile(profile()),
         AUTO.unmeasured(*CALIBRATION_OFF),

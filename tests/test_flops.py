@@ -16,6 +16,7 @@ from transformers import (
 
 from orthorank_vllm.flops import Shapes, flops_saved, prefill_flops
 from orthorank_vllm.selection.plan import Batch, Plan, make_plan
+from orthorank_vllm.selection.quotas import Quota
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
 CONFIG = LlamaConfig(
@@ -89,11 +90,21 @@ def plan_of(
     return plan
 
 
+def with_quotas(plan: Plan, layers: dict[int, float]) -> dict[int, Quota | None]:
+    """Of each layer by its keep, as `plan_of` has them."""
+    of_keep = dict(zip([THIRD, 0.0], plan.quotas, strict=True))
+    return {layer: of_keep[keep] for layer, keep in layers.items()}
+
+
+def saved_by(plan: Plan, shapes: Shapes, layers: dict[int, float], last: int | None) -> float:
+    return flops_saved(plan, shapes, with_quotas(plan, layers), last)
+
+
 def test_a_selective_layer_costs_k_and_v_for_all_and_the_rest_for_the_updated_ones() -> None:
     shapes = Shapes.of(CONFIG)
     layers = {1: THIRD, 3: 0.0}
     dense = prefill_flops(shapes, TOKENS)
-    sparse = dense - flops_saved(plan_of(TOKENS, window=0, tail=6), shapes, layers, 4)
+    sparse = dense - saved_by(plan_of(TOKENS, window=0, tail=6), shapes, layers, 4)
     # ceil(33 / 3) = 11, position 0 and the tail; or these alone.
     updated = 11 + 7 + 7
     key_value = 2 * 64 * 2 * 2 * 24
@@ -112,12 +123,10 @@ def test_a_selective_last_layer_saves_what_any_last_layer_does() -> None:
     shapes = Shapes.of(CONFIG)
     plan = plan_of(128, prompt_len=128)
     for layers in ({4: 0.0}, {4: THIRD}, {}):
-        assert flops_saved(plan, shapes, layers, 4) == pytest.approx(127 * shapes.update(64.5))
+        assert saved_by(plan, shapes, layers, 4) == pytest.approx(127 * shapes.update(64.5))
     # A stage without it, and rows that are all read.
-    assert flops_saved(plan, shapes, {4: 0.0}, None) == pytest.approx(126 * shapes.update(64.5))
-    assert flops_saved(plan_of(128), shapes, {4: 0.0}, 4) == pytest.approx(
-        126 * shapes.update(64.5)
-    )
+    assert saved_by(plan, shapes, {4: 0.0}, None) == pytest.approx(126 * shapes.update(64.5))
+    assert saved_by(plan_of(128), shapes, {4: 0.0}, 4) == pytest.approx(126 * shapes.update(64.5))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 64, 65])
@@ -134,7 +143,7 @@ def test_the_linear_layers_of_a_real_model_gain_what_their_shapes_allow() -> Non
     tokens = 128 * 300
     dense = prefill_flops(smollm2, tokens)
     attention = 30 * 4.0 * 576 * (tokens + 1) / 2 * tokens
-    saved = flops_saved(plan_of(tokens), smollm2, dict.fromkeys(range(14), THIRD), 29)
+    saved = saved_by(plan_of(tokens), smollm2, dict.fromkeys(range(14), THIRD), 29)
     saved_attention = attention * 14 / 30 * (1 - 43 / 128)
     gain = (dense - attention) / (dense - attention - (saved - saved_attention))
     assert gain == pytest.approx(1 / (1 - 0.311 * 0.938), rel=5e-3)
@@ -150,7 +159,7 @@ def test_experts_count_as_many_as_a_token_meets() -> None:
 def test_a_later_chunk_saves_more_as_its_queries_see_more_keys() -> None:
     shapes = Shapes.of(CONFIG)
     layers = {1: THIRD, 2: THIRD}
-    early = flops_saved(plan_of(128, computed=128, prompt_len=999), shapes, layers, None)
-    late = flops_saved(plan_of(128, computed=512, prompt_len=999), shapes, layers, None)
+    early = saved_by(plan_of(128, computed=128, prompt_len=999), shapes, layers, None)
+    late = saved_by(plan_of(128, computed=512, prompt_len=999), shapes, layers, None)
     skipped = 2 * (128 - 43)
     assert late - early == pytest.approx(skipped * 4 * 4 * 24 * (512 - 128))

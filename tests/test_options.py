@@ -97,6 +97,18 @@ def test_an_error_is_the_same_line_in_another_process() -> None:
             {"ratio": "auto", "max_loss": -1},
             "--orthorank-max-loss -1: not allowed, give a number of",
         ),
+        (
+            {"ratio": 0.3, "max_ratio": 0.2},
+            "--orthorank-max-ratio 0.2: not allowed, with --orthorank-ratio 0.3 give a number from",
+        ),
+        ({"ratio": 0.3, "max_ratio": 0}, "--orthorank-max-ratio 0.0: not allowed, with"),
+        ({"max_ratio": 1}, "--orthorank-max-ratio 1: not allowed, give a number from 0 to below"),
+        ({"max_ratio": "auto"}, "--orthorank-max-ratio auto"),
+        ({"max_ratio": 0}, "--orthorank-max-ratio 0: not allowed, it changes nothing without"),
+        (
+            {"ratio": 0.1, "max_ratio": 0.7, "keep": "1/3"},
+            "--orthorank-max-ratio 0.7: not allowed, with --orthorank-keep 0.3333 give at most",
+        ),
         ({"ratio": 0.3, "max_loss": 0.1}, "it changes nothing without --orthorank-ratio auto"),
         ({"layers": "3", "max_loss": 0.1}, "it changes nothing without --orthorank-ratio auto"),
         (
@@ -126,7 +138,7 @@ def test_an_error_is_the_same_line_in_another_process() -> None:
         ({"profile": "p.json"}, "--orthorank-profile p.json: not allowed, it changes nothing"),
         (
             {"ratio": 0.3, "sparsity": 1},
-            "unknown key 'sparsity': allowed are ratio, max_loss, keep",
+            "unknown key 'sparsity': allowed are ratio, max_ratio, max_loss, keep",
         ),
         (0.3, 'additional_config["orthorank"] = 0.3'),
     ],
@@ -188,3 +200,17 @@ def test_a_ratio_of_zero_or_none_is_off(given: dict[str, Any]) -> None:
 )
 def test_a_number_to_be_given_again_is_never_rounded_up(number: float, told: str) -> None:
     assert at_most(number) == told
+
+
+@pytest.mark.parametrize("given", [{"max_ratio": 0.3}, {"ratio": 0, "max_ratio": 0.3}])
+def test_a_ratio_of_0_that_requests_may_raise_is_active(given: dict[str, Any]) -> None:
+    options = Options.from_mapping(given)
+    assert options.is_active
+    assert (options.ratio, options.max_ratio) == (0, 0.3)
+    assert not Options.from_mapping({"ratio": 0, "max_ratio": 0}).is_active
+
+
+def test_layers_by_hand_stay_the_default_where_requests_may_ask() -> None:
+    options = Options.from_mapping({"layers": [3, 4], "max_ratio": 0.3})
+    assert options.is_active
+    assert options.ratio is None

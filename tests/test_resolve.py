@@ -260,3 +260,25 @@ def test_stand_ins_that_cannot_be_are_refused(
     path = str(tmp_path / name if name else shipped().stand_in_path)
     with pytest.raises(OptionError, match=f"--orthorank-stand-in {path}: not allowed, {why}"):
         resolved(model, ratio=0.3, stand_in=path)
+
+
+def test_the_profiles_layers_are_taken_up_to_the_largest_ratio() -> None:
+    config = resolved(ratio=0.1, max_ratio=0.3)
+    assert config.layers == resolved(ratio=0.3).layers
+    assert config.default_layers == resolved(ratio=0.1).layers
+    assert config.num_for(0.1) == config.num_default
+    only = resolved(max_ratio=0.3)
+    assert (only.default_layers, only.ratio) == ((), 0)
+
+
+def test_layers_by_hand_have_to_make_the_largest_ratio() -> None:
+    config = resolved(layers="3:0,4:0,5:0", ratio=0.05, max_ratio=0.1)
+    assert (len(config.layers), config.num_default) == (3, 2)
+    assert resolved(layers="3:0,4:0,5:0", max_ratio=0.1).num_default == 3
+    with pytest.raises(OptionError, match=r"does not agree with --orthorank-max-ratio 0\.3"):
+        resolved(layers="3:0,4:0", max_ratio=0.3)
+
+
+def test_a_largest_ratio_past_a_profile_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"--orthorank-max-ratio 0\.99: not allowed, ratio 0\.99"):
+        resolved(ratio=0.1, max_ratio=0.99, calibrate_seconds=0)

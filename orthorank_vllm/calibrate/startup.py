@@ -123,7 +123,7 @@ def _chosen(
 
 def _is_enough(profile: Profile, config: OrthoRankConfig) -> bool:
     """Whether a profile tells all that was asked for."""
-    if config.ratio_asked is not None or not config.calibrate_seconds:
+    if config.most_asked is not None or not config.calibrate_seconds:
         return config.entries_needed(profile) is not None
     # The ratio is to be found, and may lie beyond what was measured for a lower one.
     is_within = len(config.with_profile(profile).layers) == len(profile.entries)
@@ -175,7 +175,7 @@ def _calibrated(
             time.monotonic() - start,
         )
 
-    target = MOST_BY_ITSELF if config.ratio_asked is None else _target(config)
+    target = MOST_BY_ITSELF if config.most_asked is None else _target(config)
     measurements = None if path is None else measurements_of(path)
     course = Course(calibration, workers, measurements, before_trial=is_time, on_unkept=warn)
     search = course.search(tell)
@@ -211,11 +211,9 @@ def _with_stand_ins(course: Course, profile: Profile, path: Path | None) -> Prof
 
 def _target(config: OrthoRankConfig) -> float:
     """The ratio to search up to: with a keep given by hand every entry saves as much."""
-    assert config.ratio_asked is not None
+    assert config.most_asked is not None
     return (
-        config.ratio_asked
-        if config.keep is None
-        else min(config.ratio_asked / (1 - config.keep), 1)
+        config.most_asked if config.keep is None else min(config.most_asked / (1 - config.keep), 1)
     )
 
 

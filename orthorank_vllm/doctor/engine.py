@@ -63,7 +63,8 @@ def _layers(what: str, engine: EngineStatus) -> Check:
     layers = ",".join(str(LayerKeep(layer, keep)) for layer, keep in engine.layers.items())
     found = f"{len(engine.layers)} of {len(engine.by_layer)} selective [{layers}]"
     found += f", chosen by {engine.chosen_by}"
-    if not (engine.is_measured and engine.layers):
+    by_request_alone = engine.ratio_asked == 0
+    if not (engine.is_measured and (engine.layers or by_request_alone)):
         how = "guessed, or fewer than were asked for" if engine.layers else "prefill is dense"
         return failed(
             what,
@@ -96,7 +97,8 @@ def _ratio(what: str, engine: EngineStatus, requests: float) -> Check:
     each = engine.prefill_tokens / requests
     found += f", about {each:.0f} a request"
     # Of each request at most the tail and position 0 do not compete.
-    possible = configured * (1 - ((engine.tail or 0) + 1) / each)
+    wanted = engine.ratio_wanted
+    possible = wanted * (1 - ((engine.tail or 0) + 1) / each)
     if engine.ratio_reached < LEAST_REACHED * possible:
         return warning(
             what,
@@ -104,7 +106,9 @@ def _ratio(what: str, engine: EngineStatus, requests: float) -> Check:
             "If prompts are computed in small chunks, raise --max-num-batched-tokens; else look at "
             "the server's log",
         )
-    if engine.ratio_reached < FAR_FROM_CONFIGURED * configured:
+    if engine.other_ratio_tokens:
+        found += f", {wanted:.3f} by what requests asked for"
+    if engine.ratio_reached < FAR_FROM_CONFIGURED * wanted:
         # What prompts there are is not the server's fault, and they are served right.
         found += f": prompts are short, and the last {engine.tail} tokens of each are computed"
     return ok(what, found)

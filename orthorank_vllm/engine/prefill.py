@@ -1,7 +1,7 @@
 """What an OrthoRank model carries besides its stock modules."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -102,12 +102,13 @@ class SparsePrefill:
         by_sink = sorted(layer for layer, keep in keeps.items() if keep and layer not in by_error)
         self._selective = {
             layer: SelectiveLayer(
-                keeps[layer] or 0.0,
+                place,
                 by_sink.index(layer) if layer in by_sink else None,
                 self._split_of(layer),
                 stand_ins.get(layer),
             )
-            for layer in sorted(keeps)
+            for place, (layer, _) in enumerate(config.layers)
+            if layer in keeps
         }
         self._fused = {}
         self.attend_by(config.attention)
@@ -174,20 +175,28 @@ class SparsePrefill:
         """The plan of one forward, None if it is a dense one."""
         if self.config.to_choose:
             raise RuntimeError("OrthoRank was to choose its layers at start-up and has not")
-        keeps = self.config.keeps
+        keeps = self._keeps
         if self.is_paused or not keeps:
             return None
         if any(keeps) and not (self._decoder.is_first and self._decoder.is_last):
-            batch = self._with_known_sinks(batch)
+            batch = self._with_known_sinks(batch, keeps)
         return make_plan(batch, keeps, self.config.window, self.config.tail)
 
-    def _with_known_sinks(self, batch: Batch) -> Batch:
+    @property
+    def _keeps(self) -> list[float]:
+        """The keeps of all selective layers, in their order."""
+        return [keep or 0.0 for _, keep in self.config.layers]
+
+    def _with_known_sinks(self, batch: Batch, keeps: Sequence[float]) -> Batch:
         """Requests whose sink's state a pipeline stage lacks do not compete: it cannot compute it.
 
         Every stage keeps its table in the same way, so all of them decide alike.
         """
         is_known = np.array([token in self._sinks for token in batch.first_token.tolist()])
         is_served = is_known | (batch.num_computed == 0)
+        if batch.num_selective is not None:
+            never_scored = next(place for place, keep in enumerate(keeps) if keep)
+            is_served |= batch.num_selective <= never_scored
         return replace(batch, prompt_len=np.where(is_served, batch.prompt_len, 0))
 
     def forward(
@@ -255,7 +264,7 @@ class SparsePrefill:
         self._needs_profile_run = False
         config = self.config
         for batch in profile_run_batches(
-            len(positions), self._max_num_seqs, config.keeps, config.tail
+            len(positions), self._max_num_seqs, self._keeps, config.tail
         ):
             plan = self.plan(batch)
             if plan is not None:

@@ -4,7 +4,8 @@ Nothing of its tail: rows of it may lie in blocks that a longer prompt filled, i
 were not computed. Where prompts are aligned, whole windows before the tail, and no prompt leaves
 more: in what follows, its own tail among it, other tokens are computed than in a longer prompt.
 And a block of a window is found by all of the window's tokens, those after the block too: they
-competed with its own.
+competed with its own. What was computed at one ratio is never found at another; a prompt that skips
+nothing reuses and leaves whatever stock vLLM would.
 
 vllm/v1/core/kv_cache_manager.py: a lookup goes up to a length, and every kind of attention makes of
 that what it can resume at; `cache_blocks` is told up to where a request's blocks may be found.
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from orthorank_vllm.config import OrthoRankConfig
+from orthorank_vllm.engine.request_ratio import is_dense, num_selective
 from orthorank_vllm.selection.borders import Borders
 
 
@@ -55,13 +57,16 @@ def keep_tails_out(manager: Any, config: OrthoRankConfig, block_size: int) -> No
     find_longest_cache_hit = coordinator.find_longest_cache_hit
     cache_blocks = coordinator.cache_blocks
     borders = config.borders and shared_borders(config.borders, block_size)
-    window, tail = borders or Borders(1, config.tail)
-    most = 0
+    most, window = 0, 1
 
     # Since 0.33 the scheduler may give a limit of its own, which reaches `up_to_tail` from there.
     def without_tail(request: Any, *limit: Any, **named_limit: Any) -> Any:
-        nonlocal most
-        most = max(request.num_prompt_tokens - tail, 0)
+        nonlocal most, window
+        if is_dense(config, request.sampling_params):
+            most, window = request.num_tokens, 1
+        else:
+            window, tail = borders or Borders(1, config.tail)
+            most = max(request.num_prompt_tokens - tail, 0)
         found = get_computed_blocks(request, *limit, **named_limit)
         if found[1] > most or found[1] % window:
             raise RuntimeError(
@@ -84,6 +89,29 @@ def keep_tails_out(manager: Any, config: OrthoRankConfig, block_size: int) -> No
         shared = borders.shared
 
         def of_whole_windows(request: Any, num_computed_tokens: int) -> None:
-            cache_blocks(request, min(num_computed_tokens, shared(request.num_prompt_tokens)))
+            if not is_dense(config, request.sampling_params):
+                num_computed_tokens = min(num_computed_tokens, shared(request.num_prompt_tokens))
+            cache_blocks(request, num_computed_tokens)
 
         coordinator.cache_blocks = of_whole_windows
+
+
+def keep_ratios_apart(scheduler: Any, config: OrthoRankConfig) -> None:
+    """Let requests share blocks only where tokens of both are skipped in as many layers.
+
+    By vLLM's own salt, whatever a client gave: those are strings, and this is none.
+
+    Args:
+        scheduler: vLLM's `Scheduler`; other engines' in this process stay as they are.
+    """
+    add_request = scheduler.add_request
+
+    def salted(request: Any) -> None:
+        count = num_selective(config, request.sampling_params)
+        if count != config.num_default:
+            request.cache_salt = count, request.cache_salt
+            request.block_hashes.clear()
+            request.update_block_hashes()
+        add_request(request)
+
+    scheduler.add_request = salted

@@ -27,7 +27,7 @@ def with_plan(model_forward: Callable[..., Any]) -> Callable[..., Any]:
         if orthorank is None:
             return model_forward(self, *args, **model_kwargs)
         started = time.perf_counter()
-        batch = batch_of_v1(self)
+        batch = batch_of_v1(self, orthorank.config)
         # A step that is replayed from a full CUDA graph does not run the model: steps as long as
         # decoding's, prompts of one token among them. Those are dense.
         is_replayed = get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.FULL

@@ -41,7 +41,7 @@ class OrthoRankModelState(DefaultModelState):
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
-        self._facts.add(req_index, new_req_data)
+        self._facts.add(req_index, new_req_data, self._orthorank.config)
 
     def prepare_attn(self, input_batch: Any, cudagraph_mode: Any, *args: Any, **kwargs: Any) -> Any:
         # Called before `prepare_inputs`, which is not told the mode.

@@ -12,6 +12,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.engine.prefix_cache import hashes_of_windows, shared_borders
+from orthorank_vllm.engine.request_ratio import is_dense
 
 
 class AlignedChunks:
@@ -23,7 +24,7 @@ class AlignedChunks:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = OrthoRankConfig.of_engine(self.vllm_config.additional_config)
+        self._config = config = OrthoRankConfig.of_engine(self.vllm_config.additional_config)
         self._borders = None if config is None else config.borders
         if self._borders is None or self._borders.window == 1:
             return
@@ -34,8 +35,13 @@ class AlignedChunks:
             )
         self.need_mamba_block_aligned_split = True
 
+    def _is_free(self, request: Any) -> bool:
+        """Whether a request's chunks may end anywhere, as nothing of it is skipped."""
+        return self._config is None or is_dense(self._config, request.sampling_params)
+
     def add_request(self, request: Any) -> None:
-        if self.need_mamba_block_aligned_split and self._borders is not None:
+        if self.need_mamba_block_aligned_split and not self._is_free(request):
+            assert self._borders is not None
             window, _ = shared_borders(self._borders, self.block_size)
             request.block_hashes[:] = hashes_of_windows(
                 request.block_hashes, window // self.hash_block_size
@@ -49,6 +55,8 @@ class AlignedChunks:
         num_new_local_computed_tokens: int = 0,
         num_external_computed_tokens: int = 0,
     ) -> int:
+        if self._is_free(request):
+            return num_new_tokens
         assert self._borders is not None
         cached = num_new_local_computed_tokens + num_external_computed_tokens
         start = request.num_computed_tokens + cached

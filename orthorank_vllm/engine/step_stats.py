@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from orthorank_vllm.flops import Shapes, flops_saved
 from orthorank_vllm.metrics import definitions
 from orthorank_vllm.metrics.recorder import WorkerMetrics, labels_of
@@ -68,14 +70,23 @@ class StepCounter:
             return
         prompt_tokens = int(batch.prompt_tokens.sum())
         if self._is_first_stage:
+            if batch.num_selective is not None:
+                self.metrics.count_ratios(
+                    np.bincount(batch.num_selective, batch.prompt_tokens).astype(int).tolist()
+                )
             self.metrics.count_prefill_step(path, prompt_tokens, seconds.forward, seconds.plan)
         if plan is None or outcome is None:
             self.metrics.count_updates(prompt_tokens, {})
             return
         is_first = self._is_first_stage
         self.metrics.count_saved(
-            flops_saved(plan, self._shapes, outcome.keeps, self._last_layer, outcome.stand_in_rank),
+            flops_saved(
+                plan, self._shapes, outcome.quotas, self._last_layer, outcome.stand_in_rank
+            ),
             outcome.sink_hits if is_first else 0,
             outcome.sink_misses if is_first else 0,
         )
-        self.metrics.count_updates(prompt_tokens, outcome.skipped)
+        skipped = {
+            layer: plan.num_tokens - quota.num_selected for layer, quota in outcome.quotas.items()
+        }
+        self.metrics.count_updates(prompt_tokens, skipped)

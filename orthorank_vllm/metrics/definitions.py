@@ -8,10 +8,12 @@ ACTIVE = "orthorank_active"
 CONFIG_INFO = "orthorank_config_info"
 RATIO_ASKED = "orthorank_ratio_asked"
 RATIO_CONFIGURED = "orthorank_ratio_configured"
+RATIO_MAX = "orthorank_ratio_max"
 EXPECTED_LOSS = "orthorank_expected_loss_nats"
 EXPECTED_FOUND = "orthorank_expected_lookups_found_ratio"
 
 PREFILL_TOKENS = "orthorank_prefill_tokens"
+OTHER_RATIO_TOKENS = "orthorank_other_ratio_prefill_tokens"
 UPDATES = "orthorank_token_updates"
 UPDATES_SKIPPED = "orthorank_token_updates_skipped"
 LAYER_UPDATES = "orthorank_layer_token_updates"
@@ -33,11 +35,14 @@ HELP = {
     "where it was to be found.",
     RATIO_CONFIGURED: "The ratio that the selective layers make, on prompts so long that tails and "
     "the rounding up in windows are nothing.",
+    RATIO_MAX: "The largest ratio that a request may ask for.",
     EXPECTED_LOSS: "What answers lose by the profile's measurement, in nats per token, by the kind "
     "of text; absent where it was not measured.",
     EXPECTED_FOUND: "Share of the numbers in a list in the prompt that is still found, by the "
     "profile's measurement.",
     PREFILL_TOKENS: "Prompt tokens that prefill computed.",
+    OTHER_RATIO_TOKENS: "Prompt tokens that prefill computed for requests that asked for another "
+    "ratio than the server's, by the ratio that their layers make.",
     UPDATES: "Token updates that prefill computed (prompt tokens x layers).",
     UPDATES_SKIPPED: "Token updates that prefill skipped (prompt tokens x layers).",
     LAYER_UPDATES: "Token updates that prefill computed in one layer.",

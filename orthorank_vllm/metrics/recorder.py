@@ -57,6 +57,7 @@ class WorkerMetrics:
         self._layer_skipped = {
             layer: counter(definitions.LAYER_UPDATES_SKIPPED, layer=str(layer)) for layer in layers
         }
+        self._other_ratio_tokens: dict[int, Counter] = {}
         self._flops_saved = counter(definitions.FLOPS_SAVED)
         self._sink_hits = counter(definitions.SINK_HITS)
         self._sink_misses = counter(definitions.SINK_MISSES)
@@ -92,12 +93,13 @@ class WorkerMetrics:
             tail=str(config.tail),
             aligned=str(config.is_aligned).lower(),
             stand_in=Path(config.stand_in).name or OFF,
-            layers=",".join(map(str, config.layers)),
+            layers=",".join(map(str, config.default_layers)),
             chosen_by=config.source,
             measured=str(config.measured).lower(),
             version=__version__,
         )
         gauge(definitions.RATIO_CONFIGURED, config.ratio)
+        gauge(definitions.RATIO_MAX, config.most_ratio)
         if config.ratio_asked is not None:
             gauge(definitions.RATIO_ASKED, config.ratio_asked)
         if config.expected is not None:
@@ -105,6 +107,16 @@ class WorkerMetrics:
                 gauge(definitions.EXPECTED_LOSS, loss, kind=kind)
             if config.expected.found is not None:
                 gauge(definitions.EXPECTED_FOUND, config.expected.found)
+        # Of a layer with next to no share two make one ratio in four digits: one series.
+        of_ratio: dict[str, Counter] = {}
+        self._other_ratio_tokens = {}
+        for count in range(len(config.layers) + 1):
+            ratio = f"{config.ratio_with(count):.4g}"
+            if count != config.num_default:
+                if ratio not in of_ratio:
+                    labels = {**self._labels, "ratio": ratio}
+                    of_ratio[ratio] = Counter(self._counts, definitions.OTHER_RATIO_TOKENS, labels)
+                self._other_ratio_tokens[count] = of_ratio[ratio]
         self._counts.publish()
 
     def look_after(self) -> None:
@@ -125,6 +137,16 @@ class WorkerMetrics:
         self._prefill_seconds[path].add(seconds)
         self._plan_seconds.observe(plan_seconds)
         self._counts.write()
+
+    def count_ratios(self, tokens_by_layers: Iterable[int]) -> None:
+        """Count prompt tokens whose requests asked for another ratio than the server's.
+
+        Args:
+            tokens_by_layers: of requests that skip in no layer, in one, in two, and so on.
+        """
+        for count, tokens in enumerate(tokens_by_layers):
+            if tokens and count in self._other_ratio_tokens:
+                self._other_ratio_tokens[count].add(tokens)
 
     def count_saved(self, flops: float, sink_hits: int, sink_misses: int) -> None:
         """Count what a sparse step saved, as far as the host knows it."""

@@ -40,12 +40,15 @@ class EngineStatus:
     Attributes:
         ratio_asked: None if layers were given without a ratio, or it was to be found.
         is_aligned: whether the same tokens of a prompt are computed under any load.
+        ratio_max: the most that a request may ask for.
         layers: the selective ones in their order, and the keep of each.
         is_measured: whether the layers were chosen by measurement, or by hand, and are all that
             was asked for.
         expected_loss: what answers lose, in nats a token, by the kind of text; empty where that
             was not measured.
         expected_found: share of look-ups that is still found, likewise.
+        other_ratio_tokens: those of `prefill_tokens` whose requests asked for another ratio than
+            the server's, by the ratio that their layers make.
     """
 
     model_name: str
@@ -54,6 +57,7 @@ class EngineStatus:
     version: str = ""
     ratio_asked: float | None = None
     ratio_configured: float | None = None
+    ratio_max: float | None = None
     window: int | None = None
     tail: int | None = None
     is_aligned: bool | None = None
@@ -63,6 +67,7 @@ class EngineStatus:
     expected_loss: dict[str, float] = field(default_factory=dict)
     expected_found: float | None = None
     prefill_tokens: int = 0
+    other_ratio_tokens: dict[str, int] = field(default_factory=dict)
     token_updates: int = 0
     token_updates_skipped: int = 0
     flops_saved: float = 0.0
@@ -76,6 +81,16 @@ class EngineStatus:
         """The ratio reached; None before the first prompt."""
         total = self.token_updates + self.token_updates_skipped
         return self.token_updates_skipped / total if total else None
+
+    @property
+    def ratio_wanted(self) -> float:
+        """The ratio that the layers of the requests so far make, on average over their tokens."""
+        configured = self.ratio_configured or 0.0
+        more = sum(
+            tokens * (float(ratio) - configured)
+            for ratio, tokens in self.other_ratio_tokens.items()
+        )
+        return configured + more / max(self.prefill_tokens, 1)
 
 
 def as_json(engine: EngineStatus) -> dict[str, Any]:
@@ -130,6 +145,7 @@ _COUNTS = {
 _AMOUNTS = {
     definitions.RATIO_ASKED: "ratio_asked",
     definitions.RATIO_CONFIGURED: "ratio_configured",
+    definitions.RATIO_MAX: "ratio_max",
     definitions.EXPECTED_FOUND: "expected_found",
     f"{definitions.FLOPS_SAVED}_total": "flops_saved",
 }
@@ -159,6 +175,9 @@ def _take(status: EngineStatus, name: str, labels: Mapping[str, str], value: flo
         status.is_measured = labels.get("measured") != "false"
     elif name == definitions.EXPECTED_LOSS:
         status.expected_loss[labels["kind"]] = value
+    elif name == f"{definitions.OTHER_RATIO_TOKENS}_total":
+        if value:
+            status.other_ratio_tokens[labels["ratio"]] = int(value)
     elif name in _COUNTS:
         setattr(status, _COUNTS[name], int(value))
     elif name in _AMOUNTS:

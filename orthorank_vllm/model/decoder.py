@@ -18,8 +18,8 @@ from orthorank_vllm.model.stand_in import FusedStandIn
 from orthorank_vllm.options import OptionError
 
 # Of the residual stream that enters a layer, and of it normalised, [tokens, hidden] each, to the
-# rows that are computed: [selected] int64, ascending.
-Pick = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# rows that are computed: [selected] int64, ascending; None: all of them.
+Pick = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 # Parts with which a layer computes more than this module knows of, by where they are.
 UNKNOWN_PARTS = {

@@ -21,6 +21,7 @@ from orthorank_vllm.model.sinks import SinkTable
 from orthorank_vllm.model.stand_in import FusedStandIn
 from orthorank_vllm.model.tensor_parallel import of_first_rank
 from orthorank_vllm.selection.plan import Ints, Plan
+from orthorank_vllm.selection.quotas import Quota
 from orthorank_vllm.selection.topk import SegmentedTopK, to_device
 
 
@@ -32,8 +33,8 @@ class TopK(Protocol):
         """What is needed of them all on the device."""
 
     @classmethod
-    def of_arrays(cls, plan: Plan, arrays: Sequence[torch.Tensor]) -> "Mapping[float, TopK]":
-        """Those of these arrays, once they are on the device, by keep."""
+    def of_arrays(cls, plan: Plan, arrays: Sequence[torch.Tensor]) -> "Mapping[Quota, TopK]":
+        """Those of these arrays, once they are on the device, by quota."""
 
     def rows(
         self, residual: torch.Tensor, sink_rows: torch.Tensor, slots: torch.Tensor
@@ -49,13 +50,13 @@ class SelectiveLayer:
     """What is kept for one selective layer.
 
     Attributes:
-        keep: fraction of the tokens that it updates; 0 has nothing to score.
+        place: in the selective layers' order.
         sink_row: its index in the sink table; None where no token is compared with the sink.
         split: its QKV weight cut in two, where that can be done.
         stand_in: what its skipped rows get in place of an update.
     """
 
-    keep: float
+    place: int
     sink_row: int | None
     split: SplitWeight | None = None
     stand_in: FusedStandIn | None = None
@@ -66,10 +67,10 @@ class Step:
     """What the selective layers of one forward share.
 
     Attributes:
-        top_k: by keep, for those above 0.
-        attention: of selected rows, by keep.
+        top_k: what chooses, by quota, where there is something to choose.
+        rows: [selected] int64, where there is not.
+        attention: of selected rows, by quota.
         dense_attention: of all rows.
-        forced_rows: [A] int64, selected in every layer.
         sink_slots: [R] rows of the sink table, one for each request that has candidates.
         fresh_rows, fresh_slots: rows of this batch that are a position 0, and
             the slots that they renew.
@@ -77,10 +78,10 @@ class Step:
         sink_hits, sink_misses: see `Outcome`.
     """
 
-    top_k: Mapping[float, TopK]
-    attention: Mapping[float, AttentionPlan]
+    top_k: Mapping[Quota, TopK]
+    rows: Mapping[Quota, torch.Tensor]
+    attention: Mapping[Quota, AttentionPlan]
     dense_attention: AttentionPlan
-    forced_rows: torch.Tensor
     sink_slots: torch.Tensor
     fresh_rows: torch.Tensor
     fresh_slots: torch.Tensor
@@ -89,25 +90,31 @@ class Step:
     sink_misses: int
 
     def pick(
-        self, layer: SelectiveLayer | None, sinks: SinkTable, only: torch.Tensor | None
+        self,
+        layer: SelectiveLayer | None,
+        quota: Quota | None,
+        sinks: SinkTable,
+        only: torch.Tensor | None,
     ) -> Pick | None:
         """The rows that a layer computes; None: all of them.
 
         Args:
             layer: None for a dense one.
+            quota: None where no request skips anything.
             only: these rows, whatever the layer is.
         """
         if layer is None:
             return None if only is None else lambda *_: only
-        top_k = self.top_k.get(layer.keep)
 
-        def choose(residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-            # Even where nothing is chosen: a later chunk, all of whose rows are read, may need it.
+        def choose(residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor | None:
+            # Even where nothing is chosen: a later chunk, all of whose rows are read, may need it,
+            # and a request that skips tokens in more layers than any here.
             sink_rows = self._renewed(layer, sinks, residual)
-            if only is not None:
+            if only is not None or quota is None:
                 return only
-            if top_k is None:
-                return self.forced_rows
+            if quota not in self.top_k:
+                return self.rows[quota]
+            top_k = self.top_k[quota]
             if layer.stand_in is not None and layer.stand_in.knows_errors:
                 return of_first_rank(top_k.rows_by_error(layer.stand_in.errors(normed)))
             assert sink_rows is not None
@@ -133,15 +140,13 @@ class Outcome:
     """What a sparse forward leaves to be counted.
 
     Attributes:
-        keeps: of this stage's selective layers.
-        skipped: token updates that each of them skipped.
+        quotas: of this stage's selective layers in which something was skipped.
         sink_hits, sink_misses: requests whose position 0 this forward lacks, by whether the
             table had its state or it was recomputed.
         stand_in_rank: of all stand-ins that were added, together.
     """
 
-    keeps: Mapping[int, float]
-    skipped: Mapping[int, int]
+    quotas: Mapping[int, Quota]
     sink_hits: int
     sink_misses: int
     stand_in_rank: int = 0
@@ -170,25 +175,24 @@ def sparse_forward(
     """
     step = _start_step(decoder, selective, sinks, attention, plan, positions.device)
     stand_in_rank = 0
+    quotas: dict[int, Quota] = {}
     for index, layer in decoder.layers.items():
         kept = selective.get(index)
-        split = None if kept is None else kept.split
-        stand_in = None if kept is None else kept.stand_in
+        quota = None if kept is None else plan.quotas[kept.place]
+        split, stand_in, attend = None, None, step.dense_attention
+        if kept is not None and quota is not None:
+            quotas[index] = quota
+            split, stand_in, attend = kept.split, kept.stand_in, step.attention[quota]
         # Unread rows nobody will miss; their K and V are written.
         only = step.sampled_rows if index == decoder.last_layer else None
         if only is not None:
             stand_in = None
             attend = attention.plan(plan.batch, plan.sampled_per_request)
-        else:
-            attend = step.dense_attention if kept is None else step.attention[kept.keep]
         if stand_in is not None:
             stand_in_rank += stand_in.rank
-        pick = step.pick(kept, sinks, only)
+        pick = step.pick(kept, quota, sinks, only)
         residual, update = layer.forward(attend, positions, residual, update, pick, split, stand_in)
-    keeps = {index: kept.keep for index, kept in selective.items()}
-    skipped = {index: plan.num_tokens - plan.num_selected(keep) for index, keep in keeps.items()}
-    outcome = Outcome(keeps, skipped, step.sink_hits, step.sink_misses, stand_in_rank)
-    return residual, update, outcome
+    return residual, update, Outcome(quotas, step.sink_hits, step.sink_misses, stand_in_rank)
 
 
 class _Sinks(NamedTuple):
@@ -241,27 +245,26 @@ def _start_step(
 ) -> Step:
     # All stages keep their tables alike, whichever of them scores.
     is_whole = decoder.is_first and decoder.is_last
-    needs_sinks = plan.scored_keeps and (len(sinks.rows) or not is_whole)
+    needs_sinks = plan.scored and (len(sinks.rows) or not is_whole)
     found = _look_up(sinks, plan) if needs_sinks else _NO_SINKS
     kind = _top_k_for(plan, device)
-    top_k = kind.arrays_of(plan) if plan.scored_keeps else ()
+    top_k = kind.arrays_of(plan) if plan.scored else ()
     sampled = _NOTHING if plan.sampled_rows is None else plan.sampled_rows
-    shared = (plan.forced_rows, sampled, *found[:5])
-    on_device = to_device((*shared, *top_k), device)
-    forced_rows, sampled_rows, slots, fresh_rows, fresh_slots, lost, lost_slots = on_device[
-        : len(shared)
-    ]
+    known = {quota: quota.rows for quota in plan.different_quotas if quota.rows is not None}
+    on_device = to_device((sampled, *found[:5], *known.values(), *top_k), device)
+    sampled_rows, slots, fresh_rows, fresh_slots, lost, lost_slots = on_device[:6]
+    known_rows, of_top_k = on_device[6 : 6 + len(known)], on_device[6 + len(known) :]
     if len(found.lost):
         scored = [index for index, kept in selective.items() if kept.sink_row is not None]
         recompute_sinks(decoder, scored, sinks, lost, lost_slots)
     return Step(
-        top_k=kind.of_arrays(plan, on_device[len(shared) :]) if top_k else {},
+        top_k=kind.of_arrays(plan, of_top_k) if top_k else {},
+        rows=dict(zip(known, known_rows, strict=True)),
         attention={
-            keep: attention.plan(plan.batch, quota.selected_per_request)
-            for keep, quota in plan.quotas.items()
+            quota: attention.plan(plan.batch, quota.selected_per_request)
+            for quota in plan.different_quotas
         },
         dense_attention=attention.plan(plan.batch, None),
-        forced_rows=forced_rows,
         sink_slots=slots,
         fresh_rows=fresh_rows,
         fresh_slots=fresh_slots,

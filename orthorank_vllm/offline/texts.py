@@ -63,14 +63,19 @@ class Forward:
         self.texts = PackedTexts(texts, device, prompt_lens)
         self._attention = VarlenAttention(self.texts)
         self._plan = None
+        keeps = list(dict.fromkeys(keeps))
         if not method.skips_layers:
             self._plan = make_plan(self.texts.batch, keeps, method.window, method.tail)
         if self._plan is not None:
-            self._of_selected = {
-                keep: VarlenAttention(self.texts, quota.selected_per_request, method.hides_others)
-                for keep, quota in self._plan.quotas.items()
-            }
-            self._top_k = SegmentedTopK.of(self._plan, device)
+            top_k = SegmentedTopK.of(self._plan, device)
+            self._top_k = {}
+            self._of_selected = {}
+            for keep, quota in zip(keeps, self._plan.quotas, strict=True):
+                assert quota is not None
+                self._top_k[keep] = top_k.get(quota)
+                self._of_selected[keep] = VarlenAttention(
+                    self.texts, quota.selected_per_request, method.hides_others
+                )
             requests = torch.from_numpy(self._plan.requests).to(device)
             self._sink_rows = self.texts.first_rows[requests]
             self._forced_rows = torch.from_numpy(self._plan.forced_rows).to(device)
@@ -116,7 +121,7 @@ class Forward:
         return residual if update is None else residual.add_(update)
 
     def _pick(self, layer: DecoderLayer, keep: float, stand_in: FusedStandIn | None) -> Pick:
-        top_k = self._top_k.get(keep)
+        top_k = self._top_k[keep]
         if top_k is None:
             return lambda *_: self._forced_rows
 

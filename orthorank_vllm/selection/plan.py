@@ -5,17 +5,15 @@ every tensor shape of the sparse forward, are known without asking the device.
 The rule is numbered as in README.md, "The selection rule".
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
-
+from orthorank_vllm.selection.quotas import Bools, Competition, Quota, expand, make_quotas
+from orthorank_vllm.selection.quotas import Ints as Ints
 
 # Longer than any that a way to attend is chosen by.
 LONG_CONTEXT = 1 << 20
@@ -32,6 +30,8 @@ class Batch:
         first_token: token id at position 0.
         wants_all_rows: whether more than the sampled rows' output is read (prompt
             log-probabilities).
+        num_selective: how many of the selective layers, the first of their order, skip tokens of
+            each prompt; None: all of them.
     """
 
     num_computed: Ints
@@ -39,26 +39,12 @@ class Batch:
     prompt_len: Ints
     first_token: Ints
     wants_all_rows: bool = False
+    num_selective: Ints | None = None
 
     @cached_property
     def prompt_tokens(self) -> Ints:
         """How many of each request's computed tokens belong to its prompt (rule 5)."""
         return np.minimum(np.maximum(self.prompt_len - self.num_computed, 0), self.query_len)
-
-
-@dataclass(frozen=True)
-class Quota:
-    """How many of each segment are chosen at one keep.
-
-    Attributes:
-        top_k: [segments].
-        top_k_slots: [K] for candidates sorted by (segment, score): which to take.
-        selected_per_request: [batch] selected rows of each request, the forced ones included.
-    """
-
-    top_k: Ints
-    top_k_slots: Ints
-    selected_per_request: Ints
 
 
 @dataclass(frozen=True)
@@ -76,7 +62,7 @@ class Plan:
         requests: [R] batch indices of the requests that have candidates.
         first_token: [R] their token ids at position 0.
         sink_row: [R] row of their position 0, or -1 where this forward lacks it.
-        quotas: by keep.
+        quotas: of each selective layer, in their order, see `make_quotas`.
         sampled_rows: [N] rows whose output is read, ascending: each request's last, its prompt's
             last, and all past its prompt. None if all are.
         sampled_per_request: [batch] how many those are.
@@ -92,28 +78,30 @@ class Plan:
     requests: Ints
     first_token: Ints
     sink_row: Ints
-    quotas: Mapping[float, Quota]
+    quotas: Sequence[Quota | None]
     sampled_rows: Ints | None
     sampled_per_request: Ints
     num_tokens: int
     window: int
     batch: Batch
 
-    @property
-    def scored_keeps(self) -> list[float]:
-        """The keeps at which there is something to choose."""
-        return [keep for keep, quota in self.quotas.items() if len(quota.top_k_slots)]
+    @cached_property
+    def different_quotas(self) -> list[Quota]:
+        """Each of them once."""
+        return [quota for quota in dict.fromkeys(self.quotas) if quota is not None]
 
-    def num_selected(self, keep: float) -> int:
-        """Rows that a selective layer updates."""
-        return len(self.quotas[keep].top_k_slots) + len(self.forced_rows)
+    @cached_property
+    def scored(self) -> list[Quota]:
+        """Those with which there is something to choose."""
+        return [quota for quota in self.different_quotas if quota.rows is None]
 
 
 def make_plan(batch: Batch, keeps: Iterable[float], window: int, tail: int) -> Plan | None:
     """Apply rules 3 to 5 to one forward.
 
     Args:
-        keeps: fractions of a segment that are selected, each in [0, 1).
+        keeps: of each selective layer, in their order, the fraction of a segment that is selected,
+            in [0, 1).
         window: positions per window; 0 is one window for the whole prompt.
         tail: last tokens of each prompt that are always selected, at least 1.
 
@@ -123,28 +111,22 @@ def make_plan(batch: Batch, keeps: Iterable[float], window: int, tail: int) -> P
     if not batch.prompt_tokens.any():
         return None
     rows = _locate(batch)
-    candidates = np.flatnonzero(_competes(rows, tail))
+    candidates = np.flatnonzero(_competes(batch, rows, tail))
     if not len(candidates):
         return None
-    segments = _cut(rows, candidates, window)
-    request_of_segment = rows.request[candidates[segments.start]]
-    forced_rows = _others(rows, candidates)
-    forced_per_request = np.bincount(rows.request[forced_rows], minlength=len(batch.query_len))
-    quotas = {
-        keep: _quota(segments, request_of_segment, forced_per_request, keep)
-        for keep in dict.fromkeys(keeps)
-    }
-    if all(len(quota.top_k_slots) == len(candidates) for quota in quotas.values()):
+    rivals = _cut(batch, rows, candidates, window)
+    quotas = make_quotas(rivals, list(keeps), batch.num_selective)
+    if all(quota is None or len(quota.top_k_slots) == len(candidates) for quota in quotas):
         return None
-    is_first = _begins(request_of_segment)
-    requests = request_of_segment[is_first]
+    is_first = _begins(rivals.request)
+    requests = rivals.request[is_first]
     first_row = np.cumsum(batch.query_len) - batch.query_len
     sampled_rows = _sampled_rows(batch, rows)
     return Plan(
         candidates=candidates,
-        segment=np.repeat(np.arange(len(segments.size)), segments.size),
-        request=np.repeat(np.cumsum(is_first) - 1, segments.size),
-        forced_rows=forced_rows,
+        segment=np.repeat(np.arange(len(rivals.size)), rivals.size),
+        request=np.repeat(np.cumsum(is_first) - 1, rivals.size),
+        forced_rows=rivals.forced_rows,
         requests=requests,
         first_token=batch.first_token[requests],
         sink_row=np.where(batch.num_computed[requests] == 0, first_row[requests], -1),
@@ -171,46 +153,34 @@ class _Rows(NamedTuple):
     prompt_len: Ints
 
 
-class _Segments(NamedTuple):
-    """Runs of neighbouring candidates. All arrays are [segments].
-
-    Attributes:
-        start: index of the first one among the candidates.
-    """
-
-    start: Ints
-    size: Ints
-
-
 def _locate(batch: Batch) -> _Rows:
     request = np.repeat(np.arange(len(batch.query_len)), batch.query_len)
-    return _Rows(request, _expand(batch.num_computed, batch.query_len), batch.prompt_len[request])
+    return _Rows(request, expand(batch.num_computed, batch.query_len), batch.prompt_len[request])
 
 
-def _competes(rows: _Rows, tail: int) -> Bools:
+def _competes(batch: Batch, rows: _Rows, tail: int) -> Bools:
     """Rules 4 and 5: prompt tokens do, but for position 0 and each prompt's tail."""
-    return (rows.position > 0) & (rows.position < rows.prompt_len - tail)
+    competes = (rows.position > 0) & (rows.position < rows.prompt_len - tail)
+    if batch.num_selective is not None:
+        competes &= (batch.num_selective > 0)[rows.request]
+    return competes
 
 
-def _cut(rows: _Rows, candidates: Ints, window: int) -> _Segments:
+def _cut(batch: Batch, rows: _Rows, candidates: Ints, window: int) -> Competition:
     """The windows of rule 3."""
-    begins = _begins(rows.request[candidates])
+    request = rows.request[candidates]
+    begins = _begins(request)
     if window:
         begins |= _begins(rows.position[candidates] // window)
     start = np.flatnonzero(begins)
-    return _Segments(start, np.diff(start, append=len(candidates)))
-
-
-def _quota(
-    segments: _Segments, request_of_segment: Ints, forced_per_request: Ints, keep: float
-) -> Quota:
-    """The counts of rule 3."""
-    top_k = np.ceil(keep * segments.size - 1e-9).astype(np.int64)
-    chosen = np.bincount(request_of_segment, top_k, minlength=len(forced_per_request))
-    return Quota(
-        top_k=top_k,
-        top_k_slots=_expand(segments.start, top_k),
-        selected_per_request=chosen.astype(np.int64) + forced_per_request,
+    forced_rows = _others(rows, candidates)
+    return Competition(
+        candidates=candidates,
+        forced_rows=forced_rows,
+        forced_per_request=np.bincount(rows.request[forced_rows], minlength=len(batch.query_len)),
+        start=start,
+        size=np.diff(start, append=len(candidates)),
+        request=request[start],
     )
 
 
@@ -229,12 +199,6 @@ def _sampled_rows(batch: Batch, rows: _Rows) -> Ints:
     return np.flatnonzero(is_sampled)
 
 
-def _expand(first: Ints, count: Ints) -> Ints:
-    """`first[i], first[i] + 1, …`, `count[i]` of them for each i, one after the other."""
-    before = np.cumsum(count) - count
-    return np.arange(count.sum()) + np.repeat(first - before, count)
-
-
 def _begins(values: Ints) -> Bools:
     """Where a run of equal values begins."""
     found = np.ones(len(values), dtype=np.bool_)
@@ -243,12 +207,13 @@ def _begins(values: Ints) -> Bools:
 
 
 def profile_run_batches(
-    num_tokens: int, most_requests: int, keeps: Iterable[float], tail: int
+    num_tokens: int, most_requests: int, keeps: Sequence[float], tail: int
 ) -> tuple[Batch, Batch]:
     """Two batches of so many tokens, one of which any other needs no more memory than.
 
     As many prompts as there can be: each is scored against a sink of its own, rounds up what it
-    selects, has a tail, and is long enough that something of it is skipped at each keep. And as
+    selects, has a tail, and is long enough that something of it is skipped at each keep; in layers
+    of as many kinds as there can be, by requests of as many ratios. And as
     many selected rows as there can be, an answer that is computed again after a preemption, beside
     a request that decodes after a long context.
     """
@@ -260,7 +225,8 @@ def profile_run_batches(
     # Fewer tokens than that are a chunk of a longer prompt.
     prompt_len = np.where(length < least, length + tail, length)
     nothing = np.zeros_like(length)
-    prompts = Batch(nothing, length, prompt_len, first_token=nothing, wants_all_rows=True)
+    selective = len(keeps) - np.arange(requests) % max(len(keeps), 1)
+    prompts = Batch(nothing, length, prompt_len, nothing, True, num_selective=selective)
     if num_tokens == 1:
         return prompts, prompts
     again = num_tokens - 1

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from orthorank_vllm.selection.plan import Ints, Plan
+from orthorank_vllm.selection.quotas import Quota
 
 # Its exponential is a normal float32, and so is that of its negative.
 MOST_LOG = 80.0
@@ -19,7 +20,7 @@ MOST_LOG = 80.0
 
 @dataclass(frozen=True)
 class SegmentedTopK:
-    """A plan's arrays at one keep on the device, all int64; see `plan.Plan`.
+    """A plan's arrays with one quota on the device, all int64; see `plan.Plan`.
 
     Attributes:
         pair: [C] candidate and its own request's sink, as an index into all [tokens, R] pairs.
@@ -35,26 +36,26 @@ class SegmentedTopK:
 
     @staticmethod
     def arrays_of(plan: Plan) -> tuple[Ints, ...]:
-        """The attributes on the host, in order, the last one for each of `plan.scored_keeps`."""
+        """The attributes on the host, in order, the last one for each of `plan.scored`."""
         pair = plan.candidates * len(plan.requests) + plan.request
-        slots = (plan.quotas[keep].top_k_slots for keep in plan.scored_keeps)
+        slots = (quota.top_k_slots for quota in plan.scored)
         return plan.candidates, pair, plan.segment << 32, plan.forced_rows, *slots
 
     @classmethod
-    def of_arrays(cls, plan: Plan, arrays: Sequence[torch.Tensor]) -> "dict[float, SegmentedTopK]":
-        """What is needed of a plan on the device, by keep.
+    def of_arrays(cls, plan: Plan, arrays: Sequence[torch.Tensor]) -> "dict[Quota, SegmentedTopK]":
+        """What is needed of a plan on the device, by quota.
 
         Args:
             arrays: those of `arrays_of`, on the device.
         """
-        candidates, pair, rank, forced_rows, *slots_of_keep = arrays
+        candidates, pair, rank, forced_rows, *slots_of_quota = arrays
         return {
-            keep: cls(candidates, pair, rank, forced_rows, slots)
-            for keep, slots in zip(plan.scored_keeps, slots_of_keep, strict=True)
+            quota: cls(candidates, pair, rank, forced_rows, slots)
+            for quota, slots in zip(plan.scored, slots_of_quota, strict=True)
         }
 
     @classmethod
-    def of(cls, plan: Plan, device: torch.device) -> "dict[float, SegmentedTopK]":
+    def of(cls, plan: Plan, device: torch.device) -> "dict[Quota, SegmentedTopK]":
         return cls.of_arrays(plan, to_device(cls.arrays_of(plan), device))
 
     def rows(
@@ -68,7 +69,7 @@ class SegmentedTopK:
             slots: [R] int64, each request's place among them.
 
         Returns:
-            [plan.num_selected(keep)] int64.
+            [quota.num_selected] int64.
         """
         return select(score(residual, sink_rows.index_select(0, slots), self), self)
 
@@ -123,7 +124,7 @@ def select(scores: torch.Tensor, top_k: SegmentedTopK) -> torch.Tensor:
         scores: [C] float32, not negative.
 
     Returns:
-        [plan.num_selected(keep)] int64.
+        [quota.num_selected] int64.
     """
     # On so few numbers numpy's operations, on the same memory, take two thirds of torch's time.
     return (select_by_numpy if scores.is_cpu else select_by_torch)(scores, top_k)

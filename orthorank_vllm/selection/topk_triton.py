@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from orthorank_vllm.selection.plan import Ints, Plan
+from orthorank_vllm.selection.quotas import Quota
 from orthorank_vllm.selection.topk import score_errors
 
 # Every token of a segment is compared with every other, at once: in four warps that takes 94
@@ -25,7 +26,7 @@ SCORE_COLUMNS = 512
 
 @dataclass(frozen=True)
 class SegmentedTopKTriton:
-    """A plan's arrays at one keep on the device, all int64; see `plan.Plan`.
+    """A plan's arrays with one quota on the device, all int64; see `plan.Plan`.
 
     Attributes:
         candidates: [C] rows to choose from, ascending, segment by segment.
@@ -44,20 +45,20 @@ class SegmentedTopKTriton:
 
     @staticmethod
     def arrays_of(plan: Plan) -> tuple[Ints, ...]:
-        """The attributes on the host: the last two, in one row each, for each scored keep."""
+        """The attributes on the host: the last two, in one row each, for each scored quota."""
         size = np.bincount(plan.segment)
         start = np.cumsum(size) - size
         first_row = plan.candidates[start]
         forced_before = np.searchsorted(plan.forced_rows, first_row)
         segments_before = np.searchsorted(first_row, plan.forced_rows)
         arrays = [plan.candidates, plan.request]
-        for keep in plan.scored_keeps:
-            top_k = plan.quotas[keep].top_k
+        for quota in plan.scored:
+            top_k = quota.top_k
             # A segment's rows are neighbours: none of them is forced.
             place = np.cumsum(top_k) - top_k + forced_before
             arrays.append(np.stack([start, size, top_k, place], axis=1).ravel())
             top_k_before = np.concatenate([[0], np.cumsum(top_k)])[segments_before]
-            forced_rows = np.zeros(plan.num_selected(keep), dtype=np.int64)
+            forced_rows = np.zeros(quota.num_selected, dtype=np.int64)
             forced_rows[np.arange(len(plan.forced_rows)) + top_k_before] = plan.forced_rows
             arrays.append(forced_rows)
         return tuple(arrays)
@@ -65,17 +66,17 @@ class SegmentedTopKTriton:
     @classmethod
     def of_arrays(
         cls, plan: Plan, arrays: Sequence[torch.Tensor]
-    ) -> "dict[float, SegmentedTopKTriton]":
-        """What is needed of a plan on the device, by keep.
+    ) -> "dict[Quota, SegmentedTopKTriton]":
+        """What is needed of a plan on the device, by quota.
 
         Args:
             arrays: those of `arrays_of`, on the device.
         """
-        candidates, request, *of_keep = arrays
+        candidates, request, *of_quota = arrays
         return {
-            keep: cls(candidates, request, segments, forced_rows, plan.window)
-            for keep, segments, forced_rows in zip(
-                plan.scored_keeps, of_keep[::2], of_keep[1::2], strict=True
+            quota: cls(candidates, request, segments, forced_rows, plan.window)
+            for quota, segments, forced_rows in zip(
+                plan.scored, of_quota[::2], of_quota[1::2], strict=True
             )
         }
 

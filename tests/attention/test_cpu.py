@@ -73,7 +73,7 @@ def test_every_query_sees_the_keys_of_its_own_request_up_to_its_position(
     computed, query_len, prompt_len = np.array(requests).T
     plan = make_plan(Batch(computed, query_len, prompt_len, computed), [keep], 128, 3)
     assert plan is not None
-    quota = plan.quotas[keep]
+    [quota] = plan.different_quotas
     chosen = plan.candidates[quota.top_k_slots]
     rows = torch.from_numpy(np.sort(np.concatenate([chosen, plan.forced_rows])))
     check(plan.batch, rows, quota.selected_per_request, group_size, sliding_window, monkeypatch)

@@ -53,6 +53,7 @@ def test_the_flags_stand_in_a_group_of_their_own() -> None:
     flags = {flag for action in group._group_actions for flag in action.option_strings}
     assert flags == {
         "--orthorank-ratio",
+        "--orthorank-max-ratio",
         "--orthorank-max-loss",
         "--orthorank-keep",
         "--orthorank-window",

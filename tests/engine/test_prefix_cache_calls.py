@@ -57,7 +57,7 @@ def test_the_lower_of_the_schedulers_limit_and_the_tails_holds(
     """Break seen: no second argument, with which no request of 0.33 was served."""
     manager: Any = Manager()
     keep_tails_out(manager, CONFIG, block_size=16)
-    request = SimpleNamespace(num_prompt_tokens=PROMPT)
+    request = SimpleNamespace(num_prompt_tokens=PROMPT, sampling_params=None)
     assert manager.get_computed_blocks(request, *limit)[1] == reused
     if limit:
         assert manager.get_computed_blocks(request, max_cache_hit_length=limit[0])[1] == reused

@@ -12,12 +12,17 @@ import pytest
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 
+from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.engine.batches import RequestFacts, batch_of_v2
+from orthorank_vllm.engine.request_ratio import KEY
 from orthorank_vllm.engine.step_stats import Seconds
+from orthorank_vllm.options import LayerKeep
 from orthorank_vllm.selection.plan import Batch, make_plan
 
 SLOTS = 8
 KEEPS, WINDOW, TAIL = (1 / 3, 0.0), 128, 16
+LAYERS = tuple(LayerKeep(3 - place, keep) for place, keep in enumerate(KEEPS))
+CONFIG = OrthoRankConfig(ratio_asked=0.5, window=WINDOW, tail=TAIL, num_layers=4, layers=LAYERS)
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Row:
     Attributes:
         slot: vLLM's place for it.
         prefill: its tokens when it was added: more than its prompt after a preemption.
+        ratio: that it asks for, if any.
     """
 
     slot: int
@@ -35,6 +41,7 @@ class Row:
     prompt: int
     prefill: int = 0
     wants_prompt: bool = False
+    ratio: float | None = None
 
 
 @dataclass
@@ -48,11 +55,14 @@ class Step:
     def __post_init__(self) -> None:
         for row in self.rows:
             self.lengths[row.slot] = row.prompt
-            params = SimpleNamespace(prompt_logprobs=1 if row.wants_prompt else None)
+            params = SimpleNamespace(
+                prompt_logprobs=1 if row.wants_prompt else None,
+                extra_args=None if row.ratio is None else {KEY: row.ratio},
+            )
             request = SimpleNamespace(
                 prompt_token_ids=[100 + row.slot] * row.prompt, sampling_params=params
             )
-            self.facts.add(row.slot, request)
+            self.facts.add(row.slot, request, CONFIG)
 
     @property
     def states(self) -> Any:
@@ -163,6 +173,16 @@ def test_all_rows_are_read_if_one_request_wants_its_prompts_log_probabilities() 
         assert batch.wants_all_rows == wants
 
 
+@pytest.mark.parametrize("form", ["0.26", "0.32"])
+def test_each_request_skips_in_as_many_layers_as_its_ratio_takes(form: str) -> None:
+    ratios = (None, 0.0, 0.1, 1 / 6, 0.2, 0.5)
+    step = Step([Row(slot, 0, 100, 100, ratio=ratio) for slot, ratio in enumerate(ratios)])
+    batch = batch_of_v2(step.inputs(form), step.states, step.facts)
+    assert batch is not None
+    assert batch.num_selective is not None
+    assert batch.num_selective.tolist() == [2, 0, 1, 1, 2, 2]
+
+
 GUESSES = 3
 
 
@@ -209,6 +229,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.needs_model_state = True
+        self.config = CONFIG
         self.counted: list[tuple[Batch, Any]] = []
 
     def plan(self, batch: Batch) -> Any:

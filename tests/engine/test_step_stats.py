@@ -13,6 +13,7 @@ from orthorank_vllm.metrics import collector
 from orthorank_vllm.metrics.recorder import WorkerMetrics
 from orthorank_vllm.model.forward import Outcome
 from orthorank_vllm.selection.plan import Batch, Plan, make_plan
+from orthorank_vllm.selection.quotas import Quota
 
 LABELS = {"model_name": "m", "engine": "0"}
 SHAPES = Shapes(5, 64, 4, 2, 24, 176, vocabulary=300)
@@ -47,8 +48,13 @@ def counter(is_first_stage: bool = True) -> StepCounter:
 
 
 def outcome(plan: Plan, hits: int = 0, misses: int = 0) -> Outcome:
-    skipped = {layer: plan.num_tokens - plan.num_selected(keep) for layer, keep in KEEPS.items()}
-    return Outcome(KEEPS, skipped, hits, misses)
+    return Outcome(quotas_of(plan), hits, misses)
+
+
+def quotas_of(plan: Plan) -> dict[int, Quota]:
+    return {
+        layer: quota for layer, quota in zip(KEEPS, plan.quotas, strict=True) if quota is not None
+    }
 
 
 def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
@@ -68,7 +74,7 @@ def test_a_sparse_step_is_counted_layer_by_layer(registry: CollectorRegistry) ->
     assert value(registry, "step_prefill_tokens_total", path="sparse") == 256
     assert value(registry, "step_prefill_seconds_total", path="sparse") == SECONDS.forward
     assert value(registry, "plan_duration_seconds_count") == 1
-    assert value(registry, "flops_saved_total") == flops_saved(plan, SHAPES, KEEPS, 4)
+    assert value(registry, "flops_saved_total") == flops_saved(plan, SHAPES, quotas_of(plan), 4)
 
 
 def test_a_later_stage_counts_its_layers_alone(registry: CollectorRegistry) -> None:

@@ -113,6 +113,65 @@ def test_a_completion_equals_the_reference(
         assert abs(float(row[token]) - told) < TOLERANCE
 
 
+def asking(ratio: Any, **more: Any) -> dict[str, Any]:
+    return {"extra_body": {"vllm_xargs": {"orthorank_ratio": ratio}, **more}}
+
+
+def test_a_request_of_its_own_ratio_equals_the_reference_and_is_counted_so(
+    server: Server, reference: Reference, prompts: Prompts
+) -> None:
+    prompt = prompts.take(400)
+    for ratio, keeps in ((0.0, {}), (0.1, Shipped.at(0.1).keeps)):
+        told = f"{Shipped.at(ratio).reached:.4g}" if keeps else "0"
+        before = server.metric("orthorank_other_ratio_prefill_tokens_total", ratio=told)
+        own = Reference(reference.model, Rule(keeps, stand_ins=reference.rule.stand_ins))
+        more = asking(ratio, return_token_ids=True, ignore_eos=True)
+        answer = server.client.completions.with_raw_response.create(
+            model=NAME, prompt=prompt, max_tokens=6, temperature=0, logprobs=1, **more
+        )
+        choice = json.loads(answer.text)["choices"][0]
+        request, rows = reference_logprobs(own, prompt, choice["token_ids"])
+        assert request.margin > SAFE_MARGIN, "take another prompt"
+        for row, token, given in zip(
+            rows, choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True
+        ):
+            assert abs(float(row[token]) - given) < TOLERANCE
+        counted_now = server.metric("orthorank_other_ratio_prefill_tokens_total", ratio=told)
+        assert counted_now - before == len(prompt)
+    assert server.metric("orthorank_ratio_max") == RATIO
+    told_ratios = json.loads(server.get("/orthorank", API_KEY))["engines"][0]["other_ratio_tokens"]
+    assert told_ratios["0"] >= len(prompt)
+
+
+@pytest.mark.parametrize("ratio", [0.31, -0.1, "much", "0.1", [0.1], float("nan")])
+@pytest.mark.parametrize("kind", ["completion", "chat"])
+def test_a_ratio_that_cannot_be_is_a_400_and_the_server_goes_on(
+    server: Server, kind: str, ratio: Any
+) -> None:
+    body: dict[str, Any] = {"model": NAME, "max_tokens": 2}
+    body["vllm_xargs"] = {"orthorank_ratio": ratio}
+    path = "/v1/completions"
+    if kind == "chat":
+        path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": "hello"}]
+    else:
+        body["prompt"] = "hello"
+    headers = {"Authorization": f"Bearer {API_KEY}", "Content-Type": "application/json"}
+    # Python writes and reads NaN, which no client of OpenAI's sends.
+    request = urllib.request.Request(server.url + path, json.dumps(body).encode(), headers)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=60)
+    told = json.loads(refused.value.read())["error"]
+    assert refused.value.code == 400
+    assert told["param"] == "orthorank_ratio"
+    assert (
+        "not allowed, give a number from 0 to 0.3, this server's --orthorank-max-ratio"
+        in (told["message"])
+    )
+    assert server.client.completions.create(
+        model=NAME, prompt="hello", max_tokens=2, **asking(RATIO)
+    )
+
+
 @pytest.mark.parametrize("kind", ["completion", "chat"])
 def test_a_streamed_answer_is_the_same_as_a_whole_one(server: Server, kind: str) -> None:
     options: dict[str, Any] = {"model": NAME, "max_tokens": 14, "temperature": 0}

@@ -44,12 +44,16 @@ def stage(start, end):
     made.use_layers(orthorank.config)
     return made
 
+def skipped_by(plan, outcome):
+    return sum(plan.num_tokens - quota.num_selected for quota in outcome.quotas.values())
+
 class Pipeline:
     needs_profile_run = needs_warm_up = False
 
     def __init__(self, first_of_second):
         self.stages = [stage(0, first_of_second), stage(first_of_second, len(whole.layers))]
         self.skipped = [0, 0]
+        self.config = orthorank.config
 
     def plan(self, batch):
         first, second = (stage.plan(batch) for stage in self.stages)
@@ -68,7 +72,7 @@ class Pipeline:
     def count(self, batch, plans, seconds):
         for index, stage in enumerate(self.stages):
             if plans is not None:
-                self.skipped[index] += sum(stage._outcome.skipped.values())
+                self.skipped[index] += skipped_by(plans[index], stage._outcome)
             stage.count(batch, plans and plans[index], seconds)
 
 def serve(rule, first_of_second):

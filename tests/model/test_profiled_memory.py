@@ -1,5 +1,6 @@
 """vLLM sizes its KV cache by what the profile run takes: no step may take more."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -86,14 +87,14 @@ class Model:
             embed=lambda tokens: torch.randn(len(tokens), HIDDEN),
         )
         self.selective = {
-            index: SelectiveLayer(keep, index - 1 if keep else None, stand_in=stand_in())
+            index: SelectiveLayer(index - 1, index - 1 if keep else None, stand_in=stand_in())
             for index in range(1, LAYERS - 1)
         }
         self.sinks = SinkTable(LAYERS - 2 if keep else 0, 2 * REQUESTS, HIDDEN, torch.float32, CPU)
 
     def peak(self, batch: Batch) -> int:
         """Bytes that a step takes; 0 for a dense one, which is stock vLLM's."""
-        plan = make_plan(batch, [self.keep], WINDOW, self.tail)
+        plan = make_plan(batch, [self.keep] * (LAYERS - 2), WINDOW, self.tail)
         if plan is None:
             return 0
         way = AttentionBackend("none", lambda *_: Attend())
@@ -121,6 +122,11 @@ def stand_in() -> FusedStandIn:
     return StandIn(*parts).fused(torch.device("cpu"), torch.float32)
 
 
+def of_every_ratio(made: Batch) -> Batch:
+    """Its requests skip in no layer, in one, in two, and so on."""
+    return replace(made, num_selective=np.arange(len(made.query_len)) % (LAYERS - 1))
+
+
 def batch(*requests: tuple[int, int, int], reads_all: bool = True) -> Batch:
     """(tokens computed, tokens in this forward, prompt length) of each request."""
     computed, query_len, prompt_len = np.array(requests, dtype=np.int64).T
@@ -140,6 +146,8 @@ def steps() -> dict[str, Batch]:
         "many cached prompts, all sinks lost": batch(*[(400, 2, 402)] * REQUESTS),
         "a prompt beside much decoding": batch(*[(900, 1, 5)] * (REQUESTS - 1), (0, last, last)),
         "guesses to verify beside a prompt": batch(*[(900, 4, 5)] * 100, (0, 112, 112)),
+        "many prompts of every ratio": of_every_ratio(batch(*[(0, 8, 8)] * (TOKENS // 8))),
+        "late chunks of every ratio": of_every_ratio(batch(*[(400, 12, 900)] * (TOKENS // 12))),
         "only what is sampled is read": batch((0, TOKENS, TOKENS), reads_all=False),
     }
 
@@ -158,7 +166,8 @@ def test_no_step_takes_more_memory_than_the_profile_run(keep: float, tail: int) 
     """
     model = Model(keep, tail)
     most = max(
-        model.peak(rehearsed) for rehearsed in profile_run_batches(TOKENS, REQUESTS, [keep], tail)
+        model.peak(rehearsed)
+        for rehearsed in profile_run_batches(TOKENS, REQUESTS, [keep] * (LAYERS - 2), tail)
     )
     # What the host makes of the arrays of a plan is less than this.
     allowed = most * 1.01

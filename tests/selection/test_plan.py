@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orthorank_vllm.selection.plan import Batch, Plan, make_plan, profile_run_batches
+from orthorank_vllm.selection.quotas import Quota
 
 THIRD = 1 / 3
 
@@ -32,11 +33,17 @@ def sizes(plan: Plan) -> list[int]:
     return np.bincount(plan.segment).tolist()
 
 
-def chosen(plan: Plan, keep: float = THIRD) -> list[int]:
+def only_quota(plan: Plan) -> Quota:
+    [quota] = plan.different_quotas
+    return quota
+
+
+def chosen(plan: Plan, quota: Quota | None = None) -> list[int]:
     """How many are chosen of each segment."""
-    slots = plan.quotas[keep].top_k_slots
+    quota = quota or only_quota(plan)
+    slots = quota.top_k_slots
     counts = np.bincount(plan.segment[slots], minlength=plan.segment.max() + 1).tolist()
-    assert counts == plan.quotas[keep].top_k.tolist()
+    assert counts == quota.top_k.tolist()
     return counts
 
 
@@ -69,8 +76,8 @@ def test_a_chunk_that_ends_within_the_tail_competes_up_to_it() -> None:
 
 def test_a_chunk_before_the_tail_has_nothing_that_is_computed_in_any_case() -> None:
     plan = plan_of((40, 20, 300), keep=0.0, tail=64)
-    assert plan.num_selected(0.0) == 0
-    assert plan.quotas[0.0].selected_per_request.tolist() == [0]
+    assert only_quota(plan).num_selected == 0
+    assert only_quota(plan).selected_per_request.tolist() == [0]
 
 
 def test_a_first_chunk_of_one_token_has_no_plan() -> None:
@@ -93,26 +100,29 @@ def test_position_0_and_the_tail_are_always_computed_and_do_not_count() -> None:
 
 def test_the_share_of_each_window_part_is_rounded_up() -> None:
     """Break seen: rounded to nearest."""
-    assert chosen(plan_of((0, 302, 302), keep=0.3), 0.3) == [39, 39, 14]
+    assert chosen(plan_of((0, 302, 302), keep=0.3)) == [39, 39, 14]
 
 
 def test_a_share_that_is_whole_is_not_rounded_up_by_float_noise() -> None:
     """Break seen: without the small term 0.07 x 100 becomes 8."""
-    assert chosen(plan_of((5, 100, 500), keep=0.07, window=0), 0.07) == [7]
+    assert chosen(plan_of((5, 100, 500), keep=0.07, window=0)) == [7]
 
 
 def test_every_keep_has_a_quota_of_its_own() -> None:
     plan = make_plan(batch((0, 201, 201), (50, 1, 50)), [0.25, 0.0, 0.5, 0.25], 0, 64)
     assert plan is not None
-    assert list(plan.quotas) == [0.25, 0.0, 0.5]
-    assert plan.scored_keeps == [0.25, 0.5]
+    quarter, nothing, half = plan.different_quotas
+    assert plan.quotas == [quarter, nothing, half, quarter]
+    assert plan.scored == [quarter, half]
     forced = 1 + 64 + 1
-    assert [plan.num_selected(keep) for keep in plan.quotas] == [
+    assert [quota.num_selected for quota in plan.different_quotas] == [
         34 + forced,
         forced,
         68 + forced,
     ]
-    assert plan.quotas[0.25].selected_per_request.tolist() == [34 + 65, 1]
+    assert quarter.selected_per_request.tolist() == [34 + 65, 1]
+    assert nothing.rows is not None
+    assert nothing.rows.tolist() == plan.forced_rows.tolist()
 
 
 def test_windows_are_of_absolute_positions() -> None:
@@ -140,7 +150,7 @@ def test_decode_rows_between_prefills_are_always_selected() -> None:
     plan = plan_of((0, 9, 9), (30, 1, 12), (4, 6, 40))
     assert plan.forced_rows.tolist() == [0, 8, 9]
     assert plan.requests.tolist() == [0, 2]
-    assert plan.quotas[THIRD].selected_per_request.tolist() == [5, 1, 2]
+    assert only_quota(plan).selected_per_request.tolist() == [5, 1, 2]
 
 
 def test_only_requests_with_candidates_need_a_sink_and_it_is_in_the_batch_with_position_0() -> None:
@@ -203,10 +213,10 @@ def test_every_token_either_competes_or_is_selected(
     assert plan.candidates.tolist() == [row for rows in segments for row in rows]
     assert plan.forced_rows.tolist() == forced
     firsts = [int(plan.candidates[plan.segment == s].min()) for s in range(len(segments))]
-    for keep in keeps:
-        assert dict(zip(firsts, chosen(plan, keep), strict=True)) == shares[keep]
-        assert plan.quotas[keep].selected_per_request.sum() == plan.num_selected(keep)
-        assert plan.num_selected(keep) == sum(shares[keep].values()) + len(forced)
+    for keep, quota in zip(keeps, plan.quotas, strict=True):
+        assert quota is not None
+        assert dict(zip(firsts, chosen(plan, quota), strict=True)) == shares[keep]
+        assert quota.num_selected == sum(shares[keep].values()) + len(forced)
 
 
 def by_loops(
@@ -257,5 +267,7 @@ def test_the_rehearsed_plan_selects_no_less_than_that_of_one_prompt_as_long(
     assert (plan is not None) == (tokens > (3 if 0.9 in keeps else 1))
     if plan is None or one is None or rehearsed.prompt_len[0] > rehearsed.query_len[0]:
         return
-    for keep in keeps:
-        assert plan.num_selected(keep) >= one.num_selected(keep)
+    for quota, of_one in zip(plan.quotas, one.quotas, strict=True):
+        assert quota is not None
+        assert of_one is not None
+        assert quota.num_selected >= of_one.num_selected

@@ -18,12 +18,14 @@ from orthorank_vllm.selection.topk import (
 )
 
 
-def select_rows(plan: Plan, scores: list[float], keep: float) -> list[int]:
-    top_k = SegmentedTopK.of(plan, torch.device("cpu"))[keep]
+def select_rows(plan: Plan, scores: list[float], place: int = 0) -> list[int]:
+    quota = plan.quotas[place]
+    assert quota is not None
+    top_k = SegmentedTopK.of(plan, torch.device("cpu"))[quota]
     competing = torch.tensor(scores)[top_k.candidates]
     rows, same = select_by_numpy(competing, top_k), select_by_torch(competing, top_k)
     assert rows.tolist() == same.tolist()
-    assert len(rows) == plan.num_selected(keep)
+    assert len(rows) == quota.num_selected
     return rows.tolist()
 
 
@@ -85,28 +87,28 @@ def test_the_score_is_computed_in_float32_whatever_the_model_runs_in() -> None:
 def test_the_lowest_scores_of_each_window_are_selected() -> None:
     """Break seen: the highest."""
     plan = prompt_plan(9, 0.5, window=4)
-    rows = select_rows(plan, [1.0, 0.2, 0.9, 0.1, 0.5, 0.6, 0.7, 0.8, 0.3], 0.5)
+    rows = select_rows(plan, [1.0, 0.2, 0.9, 0.1, 0.5, 0.6, 0.7, 0.8, 0.3])
     assert rows == [0, 1, 3, 4, 5, 8]
 
 
 def test_ties_go_to_the_lower_position() -> None:
     """Break seen: ties to the higher position."""
     plan = prompt_plan(100, 0.25, window=0, computed=7, total=300)
-    assert select_rows(plan, [0.5] * 100, 0.25) == list(range(25))
+    assert select_rows(plan, [0.5] * 100) == list(range(25))
 
 
 def test_position_0_and_the_tail_take_nobodys_place() -> None:
     """Guards against: the lowest score of all, position 0's, for one of two."""
     plan = prompt_plan(7, 0.5, window=0, tail=2)
-    assert select_rows(plan, [0.0, 0.5, 0.4, 0.3, 0.9, 0.1, 0.1], 0.5) == [0, 2, 3, 5, 6]
+    assert select_rows(plan, [0.0, 0.5, 0.4, 0.3, 0.9, 0.1, 0.1]) == [0, 2, 3, 5, 6]
 
 
 def test_each_keep_selects_its_own_share_of_the_same_scores() -> None:
     plan = prompt_plan(9, 0.5, 0.0, 0.25, window=0)
     scores = [1.0, 0.7, 0.2, 0.6, 0.1, 0.5, 0.4, 0.3, 0.9]
-    assert select_rows(plan, scores, 0.5) == [0, 2, 4, 6, 7, 8]
-    assert select_rows(plan, scores, 0.25) == [0, 2, 4, 8]
-    assert SegmentedTopK.of(plan, torch.device("cpu")).keys() == {0.5, 0.25}
+    assert select_rows(plan, scores, 0) == [0, 2, 4, 6, 7, 8]
+    assert select_rows(plan, scores, 2) == [0, 2, 4, 8]
+    assert list(SegmentedTopK.of(plan, torch.device("cpu"))) == plan.scored
 
 
 def test_the_largest_errors_of_each_window_are_selected_however_large() -> None:
@@ -120,7 +122,7 @@ def test_the_largest_errors_of_each_window_are_selected_however_large() -> None:
 @pytest.mark.parametrize("scores", [[0.0, 1e-30, 1e-38, 1e-45, 0.5, 1.0, 1.0000001]])
 def test_scores_are_ordered_down_to_the_smallest_float(scores: list[float]) -> None:
     plan = prompt_plan(len(scores), 0.4, window=0, computed=3, total=99)
-    assert select_rows(plan, scores, 0.4) == [0, 2, 3]
+    assert select_rows(plan, scores) == [0, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,16 @@ IDLE_STEPS = 1000
 
 @dataclass
 class Job:
-    """One request to the engine and what came back of it."""
+    """One request to the engine and what came back of it.
+
+    `ratio`: what it asks for, if anything.
+    """
 
     prompt: list[int]
     max_tokens: int = 1
     arrives: int = 0
     want_prompt_logprobs: bool = True
+    ratio: float | None = None
     output: Any = None
 
     @property
@@ -163,6 +167,7 @@ class Engine:
                         ignore_eos=True,
                         logprobs=5,
                         prompt_logprobs=0 if job.want_prompt_logprobs else None,
+                        extra_args=None if job.ratio is None else {"orthorank_ratio": job.ratio},
                     )
                     prompt: Any = {"prompt_token_ids": job.prompt}
                     name = engine.add_request(external, prompt, params)

@@ -87,13 +87,21 @@ class Server:
         self.lookups: list[PrefixCacheStats] = []
 
     def add(
-        self, prompt: list[int], max_tokens: int = 1, priority: int = 0, **params: Any
+        self,
+        prompt: list[int],
+        max_tokens: int = 1,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        **params: Any,
     ) -> Request:
         """A request that waits."""
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **params)
         name = f"request {len(self.reused)}"
         request = Request(
-            name, list(prompt), sampling, None, block_hasher=self._hasher, priority=priority
+            *(name, list(prompt), sampling, None),
+            block_hasher=self._hasher,
+            priority=priority,
+            cache_salt=cache_salt,
         )
         self.prompt_len[name], self.reused[name], self.parts[name] = len(prompt), [], []
         self.scheduler.add_request(request)

@@ -1,5 +1,7 @@
 """The selection's kernels against the sort, on a GPU or by Triton's interpreter."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -19,6 +21,8 @@ def differing(seed: int) -> list[str]:
     batch = random_batch(random)
     window, tail = int(random.choice([1, 3, 16, 100, 128])), int(random.choice([1, 8, 64]))
     keeps = random.choice([0.0, 0.1, 1 / 3, 0.8], size=2, replace=False).tolist()
+    # As by requests that skip tokens in no layer, in some, and in all.
+    batch = replace(batch, num_selective=random.integers(0, 3, len(batch.query_len)))
     plan = make_plan(batch, keeps, window, tail)
     if plan is None:
         return []
@@ -30,19 +34,19 @@ def differing(seed: int) -> list[str]:
     arrays = [torch.from_numpy(array) for array in SegmentedTopKTriton.arrays_of(plan)]
     kernels = SegmentedTopKTriton.of_arrays(plan, arrays)
     sorted_out = SegmentedTopK.of(plan, CPU)
-    wrong = [] if kernels.keys() == sorted_out.keys() else [f"seed {seed}: other keeps"]
-    for keep, top_k in sorted_out.items():
+    wrong = [] if kernels.keys() == sorted_out.keys() else [f"seed {seed}: other quotas"]
+    for quota, top_k in sorted_out.items():
         scores = score(residual, table[slots], top_k)
         expected = select(scores.round(decimals=4), top_k).tolist()
-        found = kernels[keep].rows(residual, table, slots).tolist()
+        found = kernels[quota].rows(residual, table, slots).tolist()
         if found != expected:
-            wrong.append(f"seed {seed}: keep {keep}, window {window}, {found} for {expected}")
+            wrong.append(f"seed {seed}: window {window}, {found} for {expected}")
         errors = torch.randint(-3, 4, (plan.num_tokens,)).float() * 40
         expected, found = (
-            kind[keep].rows_by_error(errors).tolist() for kind in (sorted_out, kernels)
+            kind[quota].rows_by_error(errors).tolist() for kind in (sorted_out, kernels)
         )
         if found != expected:
-            wrong.append(f"seed {seed}: keep {keep}, by error, {found} for {expected}")
+            wrong.append(f"seed {seed}: by error, {found} for {expected}")
     return wrong
 
 
@@ -58,6 +62,7 @@ def share_that_differs(device: str, tokens: int = 8192, hidden: int = 4096) -> f
     chosen = []
     for kind in (SegmentedTopKTriton, SegmentedTopK):
         arrays = [torch.from_numpy(array).to(device) for array in kind.arrays_of(plan)]
-        rows = kind.of_arrays(plan, arrays)[DEFAULT_KEEP].rows(residual, residual[:1], slots)
+        [top_k] = kind.of_arrays(plan, arrays).values()
+        rows = top_k.rows(residual, residual[:1], slots)
         chosen.append(set(rows.tolist()))
-    return len(chosen[0] - chosen[1]) / plan.num_selected(DEFAULT_KEEP)
+    return len(chosen[0] - chosen[1]) / plan.scored[0].num_selected

@@ -110,8 +110,8 @@ def run_step(batch: Batch, layers: Sequence[Any], sinks: SinkTable) -> bool:
             mock.patch.object(paged, "get_attention_context", return_value=context),
             mock.patch.object(paged, "write_kv", return_value=None),
         ):
-            for keep, attention in step.attention.items():
-                rows = torch.zeros(plan.num_selected(keep), dtype=torch.int64)
+            for quota, attention in step.attention.items():
+                rows = torch.zeros(quota.num_selected, dtype=torch.int64)
                 query = torch.zeros(len(rows), attn.num_heads * attn.head_size)
                 attention.run(attn, query, query, query, rows, rows)
     return True

@@ -1,0 +1,74 @@
+"""The ratio that one request asks for: `vllm_xargs` over HTTP, `SamplingParams.extra_args` offline.
+
+What it means is decided by the configuration alone, so the server's process, the scheduler and the
+workers each do that for themselves, from the request as vLLM hands it on.
+"""
+
+from reprlib import repr as shortened
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+
+from orthorank_vllm.config import FLOAT_NOISE, OrthoRankConfig
+from orthorank_vllm.options import MAX_RATIO, at_most
+
+KEY = "orthorank_ratio"
+
+
+class RequestError(VLLMValidationError, ValueError):
+    """A mistake in a request: to vLLM's server a status of 400, offline a `ValueError`."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__(line)
+        self.parameter = KEY
+
+
+def num_selective(config: OrthoRankConfig, params: Any) -> int:
+    """In how many of the selective layers, the first of their order, a request skips tokens.
+
+    Args:
+        params: vLLM's `SamplingParams`; what `check_ratio` would refuse is the server's own.
+    """
+    asked = _asked(params)
+    return config.num_for(asked) if _is_ratio(asked) else config.num_default
+
+
+def is_dense(config: OrthoRankConfig, params: Any) -> bool:
+    """Whether nothing of a request's prompt is skipped."""
+    return num_selective(config, params) == 0
+
+
+def check_ratio(additional_config: Any, params: Any, is_session: bool) -> None:
+    """Refuse a ratio that this server cannot serve a request with.
+
+    Args:
+        additional_config: vLLM's, resolved.
+        params: vLLM's `SamplingParams`, or others, which ask for nothing.
+        is_session: whether more of its prompt will come once this part is answered.
+
+    Raises:
+        RequestError: names what can be asked for.
+    """
+    asked = _asked(params)
+    if asked is None:
+        return
+    config = OrthoRankConfig.of_engine(additional_config)
+    most = 0.0 if config is None else config.most_ratio
+    if not (_is_ratio(asked) and asked <= most + FLOAT_NOISE):
+        allowed = f"give a number from 0 to {at_most(most)}, this server's {MAX_RATIO.flag}"
+        if not most:
+            allowed = "OrthoRank is off in this server: give 0, or leave it out"
+        raise RequestError(f"{KEY} {shortened(asked)}: not allowed, {allowed}")
+    if is_session:
+        raise RequestError(
+            f"{KEY} {asked}: not possible for a prompt that comes in parts, leave it out"
+        )
+
+
+def _is_ratio(asked: Any) -> bool:
+    return isinstance(asked, int | float) and not isinstance(asked, bool) and asked >= 0
+
+
+def _asked(params: Any) -> Any:
+    extra = getattr(params, "extra_args", None)
+    return extra.get(KEY) if extra else None
