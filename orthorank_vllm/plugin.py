@@ -153,12 +153,14 @@ def _calibrate_at_start() -> None:
 
 def _keep_tails_out_of_the_prefix_cache() -> None:
     # Why: a prompt's tail may lie in blocks that a longer prompt filled without computing those
-    # rows, and vLLM has no interface for how far a prompt may be reused, or left for others.
+    # rows, and vLLM has no interface for how far a prompt may be reused, or left for others; nor
+    # for what a KV connector's store knows blocks by.
     # Breaks on: a scheduler that looks its requests up elsewhere (other classes are refused).
     from vllm.v1.core.sched.scheduler import Scheduler
 
     from orthorank_vllm.config import OrthoRankConfig
     from orthorank_vllm.engine.prefix_cache import keep_tails_out
+    from orthorank_vllm.engine.stores import keep_apart
 
     original = Scheduler.__init__
 
@@ -168,6 +170,7 @@ def _keep_tails_out_of_the_prefix_cache() -> None:
         config = OrthoRankConfig.of_engine(vllm_config.additional_config)
         if config is not None:
             keep_tails_out(self.kv_cache_manager, config, self.block_size)
+            keep_apart(self, config)
 
     Scheduler.__init__ = __init__
 

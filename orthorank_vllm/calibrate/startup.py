@@ -17,6 +17,7 @@ from orthorank_vllm.calibrate.search import NothingToTell
 from orthorank_vllm.calibrate.text import built_in_text, held_back_text
 from orthorank_vllm.compat import cache_root
 from orthorank_vllm.config import CALIBRATION_OFF, OrthoRankConfig
+from orthorank_vllm.engine.stores import with_maker
 from orthorank_vllm.model.fingerprint import loads_weights
 from orthorank_vllm.offline import worker_calls
 from orthorank_vllm.offline.workers import Workers, tokenizer_of
@@ -55,6 +56,7 @@ def choose_layers(executor: Any, vllm_config: Any) -> None:
         _compare(config, vllm_config.load_config, weights)
         return
     final = _chosen(workers, vllm_config.model_config, config, weights, deadline)
+    final = with_maker(final, vllm_config.kv_transfer_config)
     workers.call(worker_calls.use_layers, final.as_dict())
     _compare(final, vllm_config.load_config, weights)
     vllm_config.additional_config["orthorank"] = final.as_dict()
