@@ -5,6 +5,7 @@ some of vLLM's others, of the same names. What they are asked, and when, is in
 vllm/distributed/kv_transfer/kv_connector/v1/base.py.
 """
 
+import copy
 from collections.abc import Callable, Collection, MutableMapping
 from typing import Any
 
@@ -37,20 +38,22 @@ def asked_for(transfer: Any) -> list[MutableMapping[str, Any]]:
     return [vars(transfer)]
 
 
-def use_ours(transfer: Any) -> None:
-    """Have vLLM load our versions of its connectors, where there are such.
+def with_ours(transfer: Any) -> Any:
+    """A copy with our versions of vLLM's connectors, where there are such.
 
     Args:
-        transfer: vLLM's `KVTransferConfig`, or None; changed in place.
+        transfer: vLLM's `KVTransferConfig`, or None; the user's own may serve another engine.
 
     Raises:
         RuntimeError: this vLLM lacks a seam; names it.
     """
+    transfer = copy.deepcopy(transfer)
     for connector in asked_for(transfer):
         ours = OURS.get(str(connector.get("kv_connector")))
         if ours is not None:
             require_seams(CONNECTOR_SEAMS[ours.rpartition(".")[2]])
             connector["kv_connector_module_path"] = ours
+    return transfer
 
 
 def connector_among(names: Collection[str]) -> Callable[[Any], object]:

@@ -18,16 +18,6 @@ pytestmark = pytest.mark.model
 
 PROMPT, SHORTER, TURN, TOLD, TAIL, WINDOW = 450, 330, 100, 8, 40, 64
 RULE = {"layers": "4:0,3:1/3,2", "tail": TAIL, "window": WINDOW}
-# Whose K and V differ from `RULE`'s, each in one thing.
-OTHERS = {
-    "another ratio": {**RULE, "layers": "4:0,3:1/3"},
-    "another keep": {**RULE, "layers": "4:0,3:1/2,2"},
-    "another tail": {**RULE, "tail": TAIL + 8},
-    "another window": {**RULE, "window": 2 * WINDOW},
-    "not aligned": {**RULE, "aligned": "off"},
-    "stock vLLM": None,
-}
-
 ENGINE = """
 from vllm.config import KVTransferConfig
 from tests.support.forced_answers import ForcedAnswers, log_probs_of
@@ -36,7 +26,7 @@ from tests.support.replay import Engine, Job
 def engine_with(path, connector, rule, **options):
     given = {"kv_transfer_config": KVTransferConfig(**connector)} if connector else {}
     return Engine(
-        path, enforce_eager=True, max_model_len=1024, block_size=32, max_num_seqs=16,
+        path, enforce_eager=True, max_model_len=768, block_size=32, max_num_seqs=16,
         logits_processors=[ForcedAnswers],
         additional_config={} if rule is None else {"orthorank": rule},
         **{"num_gpu_blocks_override": 64, **given, **options},
@@ -96,7 +86,6 @@ APART = (
 path, connector, rules, prompt, told = arguments
 found = {}
 for name, rule in rules.items():
-    alone = {}
     for store in (None, connector):
         engine = engine_with(path, store, rule)
         first, nothing = log_probs_of(engine.llm, prompt, told)
@@ -186,14 +175,13 @@ def test_what_one_configuration_stored_no_other_loads(
 ) -> None:
     """Nor stock vLLM, nor from it; each loads its own, and answers as without a store."""
     text = Prompts(text_tokens, seed=6).take(PROMPT + TOLD)
-    rules = {"the first": RULE, **OTHERS}
+    rules = {"one ratio": RULE, "another": {**RULE, "layers": "4:0,3:1/3"}, "stock vLLM": None}
     asked = (in_folder(tmp_path), rules, text[:PROMPT], text[PROMPT:])
     found = Script(APART, small_model_path, *asked).answer
     assert {name for name, one in found.items() if one["nothing"]} == set()
     assert all(one["loaded"] > 0 for one in found.values()), found
     assert all(one["first"] < TOLERANCE for one in found.values()), found
-    aligned = {name: one for name, one in found.items() if name != "not aligned"}
-    assert all(one["again"] < TOLERANCE for one in aligned.values()), found
+    assert all(one["again"] < TOLERANCE for one in found.values()), found
 
 
 def test_each_layer_is_loaded_before_it_is_saved_and_once_in_a_forward(
@@ -206,7 +194,6 @@ def test_each_layer_is_loaded_before_it_is_saved_and_once_in_a_forward(
     asked = (in_folder(tmp_path), rule, texts)
     calls, sinks = Script(HOOKS, small_model_path, *asked).answer
     forward = [[what, layer] for layer in range(6) for what in ("load", "save")]
-    forwards = [forward, *[]]
     split: list[list[Any]] = [[]]
     for what, layer in calls:
         if what == "end":
@@ -216,4 +203,3 @@ def test_each_layer_is_loaded_before_it_is_saved_and_once_in_a_forward(
     assert len(split) > 6
     assert all(found in (forward, []) for found in split), split
     assert sinks > 0, "no sink was needed"
-    assert forwards

@@ -31,7 +31,7 @@ class Copies(OffloadingWorker):
 
     def __init__(self, pages: list[torch.Tensor], num_kept: int) -> None:
         self._pages = pages
-        self._kept = [torch.zeros(num_kept, *tensor.shape[1:], dtype=torch.int8) for tensor in pages]
+        self._kept = [tensor.new_zeros(num_kept, *tensor.shape[1:]) for tensor in pages]
         self._done: list[TransferResult] = []
 
     def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
