@@ -211,10 +211,22 @@ def __getattr__(name: str) -> Any:
     require_seams(worker_seams())
     if name in ORTHORANK_OF.values():
         _hook_model_runner()
+        _hook_worker()
     from orthorank_vllm.engine.models import class_of
 
     # Kept: vLLM looks an architecture up more than once, and compares classes.
     return globals().setdefault(name, class_of(name))
+
+
+def _hook_worker() -> None:
+    # Why: weights that are copied into a model's own tensors, or lost in a deep sleep, pass no
+    # method of the model's; the sinks' states made of the old ones would be used on.
+    # Breaks on: a worker's extension that writes to them by itself (README, "Weights that change").
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from orthorank_vllm.engine import weights
+
+    weights.hook(Worker)
 
 
 def _hook_model_runner() -> None:

@@ -23,7 +23,8 @@ from orthorank_vllm.offline import worker_calls
 from orthorank_vllm.offline.workers import Workers, tokenizer_of
 from orthorank_vllm.options import OptionError
 from orthorank_vllm.profile_store import find_profile, kept_path, kept_profiles
-from orthorank_vllm.profiles import Profile, ProfileError, model_identity, read_stand_in_facts
+from orthorank_vllm.profiles import Profile, model_identity
+from orthorank_vllm.resolve import measured_elsewhere
 from orthorank_vllm.selection.method import Method
 
 logger = logging.getLogger("vllm.orthorank")
@@ -72,25 +73,8 @@ def _compare(config: OrthoRankConfig, load_config: Any, weights: str | None) -> 
             config.source,
         )
         return
-    for what, measured_on in ((config.source, config.measured_on), *_stand_ins_given(config)):
-        if weights is not None and measured_on not in ("", weights):
-            logger.warning(
-                "OrthoRank's %s was measured on other weights of this shape, and may not be the "
-                "best choice for these: `orthorank calibrate` measures them.",
-                what,
-            )
-
-
-def _stand_ins_given(config: OrthoRankConfig) -> list[tuple[str, str]]:
-    """What stand-ins given by hand are called, and the fingerprint of what they were fitted on."""
-    is_profiles = config.expected is not None
-    if is_profiles or not config.stand_in:
-        return []
-    try:
-        fitted_on = read_stand_in_facts(config.stand_in).get("weights", "")
-    except ProfileError:
-        return []
-    return [(f"file of stand-ins {Path(config.stand_in).name}", fitted_on)]
+    for line in measured_elsewhere(config, weights):
+        logger.warning("%s", line)
 
 
 def _chosen(

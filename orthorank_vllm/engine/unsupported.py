@@ -246,11 +246,6 @@ REFUSALS = (
         "derive from",
     ),
     Refusal(
-        "--enable-sleep-mode",
-        lambda c: c.model_config.enable_sleep_mode or None,
-        "the sink's states would outlive the weights",
-    ),
-    Refusal(
         "--compilation-config mode",
         _compilation_mode,
         "the whole model would be compiled, the choice of the path with it",

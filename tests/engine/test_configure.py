@@ -180,7 +180,6 @@ ELSEWHERE = {
     "--calculate-kv-scales": ("cache_config", "calculate_kv_scales", True),
     "--compilation-config pass_config.enable_sp": ("compilation_config", "pass_config", SP_OF_026),
     "--kv-cache-dtype": ("cache_config", "cache_dtype", "nvfp4"),
-    "--enable-sleep-mode": ("model_config", "enable_sleep_mode", True),
     "multimodal input": ("model_config", "multimodal_config", SimpleNamespace()),
 }
 
