@@ -221,7 +221,7 @@ def __getattr__(name: str) -> Any:
 def _hook_worker() -> None:
     # Why: weights that are copied into a model's own tensors, or lost in a deep sleep, pass no
     # method of the model's; the sinks' states made of the old ones would be used on.
-    # Breaks on: a worker's extension that writes to them by itself (README, "Weights that change").
+    # Breaks on: a worker's extension that writes to them by itself (README, "New weights").
     from vllm.v1.worker.gpu_worker import Worker
 
     from orthorank_vllm.engine import weights

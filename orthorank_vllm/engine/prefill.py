@@ -15,17 +15,11 @@ from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.engine.step_stats import Seconds, StepCounter
 from orthorank_vllm.engine.unsupported import check_supported
 from orthorank_vllm.engine.weights import Renewal
+from orthorank_vllm.model import qkv
 from orthorank_vllm.model.decoder import Decoder
 from orthorank_vllm.model.fingerprint import Fingerprint
 from orthorank_vllm.model.forward import Outcome, SelectiveLayer, sparse_forward
 from orthorank_vllm.model.ops import add_and_norm
-from orthorank_vllm.model.qkv import (
-    FusedWeight,
-    PackedWeight,
-    SlicedWeight,
-    SplitWeight,
-    tell_before_packing,
-)
 from orthorank_vllm.model.sinks import SinkTable
 from orthorank_vllm.model.stand_in import FusedStandIn, stand_ins_to_add
 from orthorank_vllm.model.tensor_parallel import is_first_rank
@@ -85,9 +79,9 @@ class SparsePrefill:
         self._needs_profile_run = self._device.type == "cuda"
         self.needs_model_state = bool(vllm_config.use_v2_model_runner)
         # Weights of layers that may yet become selective.
-        self._fused: dict[int, FusedWeight] = {}
+        self._fused: dict[int, qkv.FusedWeight] = {}
         for index, layer in self._decoder.layers.items():
-            tell_before_packing(layer.attn, partial(self._cut, index))
+            qkv.tell_before_packing(layer.attn, partial(self._cut, index))
         self._renewal = Renewal()
         self.config = OrthoRankConfig.from_dict(settings)
         if not self.config.to_choose:
@@ -162,11 +156,11 @@ class SparsePrefill:
         self.attention = choose_backend(asked, layers, self._device.type)
         self.needs_warm_up = self.attention.compile is not None
 
-    def _split_of(self, layer: int) -> SplitWeight | None:
+    def _split_of(self, layer: int) -> qkv.SplitWeight | None:
         fused = self._fused.get(layer)
         if fused is None:
-            return SlicedWeight.of(self._decoder.layers[layer].attn)
-        return PackedWeight(fused)
+            return qkv.SlicedWeight.of(self._decoder.layers[layer].attn)
+        return qkv.PackedWeight(fused)
 
     def plan(self, batch: Batch) -> Plan | None:
         """The plan of one forward, None if it is a dense one."""
@@ -297,9 +291,9 @@ class SparsePrefill:
         if fingerprint is not None and self.has_run:
             self._renewal.note(fingerprint)
 
-    def _cut(self, layer: int, fused: FusedWeight) -> None:
+    def _cut(self, layer: int, fused: qkv.FusedWeight) -> None:
         """Cut a layer's weight before vLLM packs it, or keep it until that is decided."""
         if self.config.to_choose:
             self._fused[layer] = fused
         elif layer in self._selective:
-            self._selective[layer].split = PackedWeight(fused)
+            self._selective[layer].split = qkv.PackedWeight(fused)

@@ -30,7 +30,7 @@ chosen = engine.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts
 engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": other_path})
 engine.llm.reset_prefix_cache()
 sinks_left = len(engine.model.orthorank._sinks)
-run = engine.run([Job(prompt) for prompt in prompts], budget=lambda step: 120)
+run = engine.run([Job(prompt) for prompt in prompts], budget=lambda step: 140)
 other = AutoModelForCausalLM.from_pretrained(other_path, dtype=torch.float32)
 verdict = replay(run, Reference(other, Rule.of(rule)))
 answer({
