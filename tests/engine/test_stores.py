@@ -16,7 +16,8 @@ from orthorank_vllm.options import LayerKeep
 from orthorank_vllm.selection.borders import Borders
 from tests.support.scheduling import BLOCK, FULL, Server
 
-WINDOW, TAIL, PROMPT = 64, 40, 300
+# No whole block of the prompt is in its tail.
+WINDOW, TAIL, PROMPT = 64, 10, 270
 SHARED = (PROMPT - TAIL) // WINDOW * WINDOW // BLOCK
 RULE = {"layers": "29:0,12:1/3", "tail": TAIL, "window": WINDOW}
 TEXT = list(range(500, 900))
@@ -56,7 +57,7 @@ def served(model_path: str, rule: dict[str, Any] | None, **options: Any) -> Requ
         {"layers": (LayerKeep(29, 0.0), LayerKeep(12, 1 / 2))},
         {"layers": ()},
         {"window": 128},
-        {"tail": 41},
+        {"tail": 11},
         {"aligned": False},
         {"measured_on": "other weights"},
         {"stand_in": "a file that is not there"},
@@ -157,4 +158,4 @@ def test_nixls_two_sides_agree_on_their_configuration(monkeypatch: pytest.Monkey
         return str(worker.compat_hash)
 
     assert hashed(CONFIG) == hashed(CONFIG)
-    assert len({hashed(CONFIG), hashed(replace(CONFIG, tail=41)), "stock"}) == 3
+    assert len({hashed(CONFIG), hashed(replace(CONFIG, tail=11)), "stock"}) == 3

@@ -27,7 +27,7 @@ logging.getLogger("vllm.orthorank").addHandler(Heard())
 
 def engine_of(path):
     return Engine(
-        path, enforce_eager=True, max_model_len=768, num_gpu_blocks_override=16, block_size=32,
+        path, enforce_eager=True, max_model_len=384, num_gpu_blocks_override=16, block_size=32,
         logits_processors=[ForcedAnswers], additional_config={"orthorank": rule},
     )
 
