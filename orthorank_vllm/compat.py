@@ -37,6 +37,8 @@ SEAMS = (
     "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks",
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.find_longest_cache_hit",
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.cache_blocks",
+    "vllm.v1.request:Request.__init__",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1.get_num_new_matched_tokens",
     "vllm.config:SchedulerConfig.get_scheduler_cls",
     "vllm.tokenizers:cached_tokenizer_from_config",
     "vllm.config:CompilationMode.STOCK_TORCH_COMPILE",
@@ -50,12 +52,15 @@ WORKER_SEAMS = (
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_model",
     "vllm.model_executor.layers.attention.attention:get_attention_context",
+    "vllm.model_executor.layers.attention.attention:maybe_transfer_kv_layer",
     "vllm.model_executor.layers.attention.attention:unified_attention_with_output",
     "vllm.model_executor.layers.attention.attention:unified_kv_cache_update",
     "vllm.model_executor.layers.layernorm:RMSNorm",
-    "vllm.model_executor.layers.linear:UnquantizedLinearMethod",
+    "vllm.model_executor.layers.linear:UnquantizedLinearMethod.process_weights_after_loading",
     "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
     "vllm.model_executor.models.utils:PPMissingLayer",
+    "vllm.v1.worker.gpu_worker:Worker.reload_weights",
+    "vllm.v1.worker.gpu_worker:Worker.wake_up",
     "vllm._custom_ops:cpu_attn_get_scheduler_metadata",
     "vllm._custom_ops:fused_add_rms_norm",
     "vllm._custom_ops:rms_norm",
@@ -78,6 +83,22 @@ GPU_SEAMS = (
     "vllm.v1.worker.gpu.model_states.default:DefaultModelState.postprocess_state",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.get_model",
 )
+# What our versions of KV connectors are made of, by their files: where such a one is asked for.
+_CONNECTORS = "vllm.distributed.kv_transfer.kv_connector.v1"
+CONNECTOR_SEAMS = {
+    "example_connector": (
+        f"{_CONNECTORS}.example_connector:ExampleConnector._generate_foldername_debug",
+        f"{_CONNECTORS}.example_connector:ExampleConnector.build_connector_meta",
+        f"{_CONNECTORS}.example_connector:ExampleConnector.get_num_new_matched_tokens",
+    ),
+    "nixl_connectors": (
+        f"{_CONNECTORS}.nixl:NixlBaseConnector.register_kv_caches",
+        f"{_CONNECTORS}.nixl:NixlConnector",
+        f"{_CONNECTORS}.nixl:NixlPullConnector",
+        f"{_CONNECTORS}.nixl:NixlPushConnector",
+        f"{_CONNECTORS}.nixl:NixlHandshakePayload",
+    ),
+}
 # What only the command `orthorank` uses; too much to import in every process of vLLM.
 COMMAND_SEAMS = (
     "vllm.platforms:current_platform.device_type",

@@ -52,6 +52,7 @@ class OrthoRankConfig:
         expected: what an answer loses, where that was measured, and the largest ratio that
             loses little, `advised`.
         remedy: what would get what was asked for, where this is less.
+        maker: fingerprint of all that K and V depend on; empty where nobody else may load them.
     """
 
     ratio_asked: float | None
@@ -75,6 +76,7 @@ class OrthoRankConfig:
     expected: Cost | None = None
     advised: float | None = None
     remedy: str = ""
+    maker: str = ""
 
     @property
     def num_default(self) -> int:

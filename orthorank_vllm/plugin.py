@@ -155,12 +155,13 @@ def _calibrate_at_start() -> None:
 def _limit_the_prefix_cache() -> None:
     # Why: a prompt's tail may lie in blocks that a longer prompt filled without computing those
     # rows, or one of another ratio, and vLLM has no interface for how far a prompt may be reused,
-    # or left for others.
+    # or left for others; nor for what a KV connector's store knows blocks by.
     # Breaks on: a scheduler that looks its requests up elsewhere (other classes are refused).
     from vllm.v1.core.sched.scheduler import Scheduler
 
     from orthorank_vllm.config import OrthoRankConfig
     from orthorank_vllm.engine.prefix_cache import keep_ratios_apart, keep_tails_out
+    from orthorank_vllm.engine.stores import keep_apart
 
     original = Scheduler.__init__
 
@@ -170,6 +171,8 @@ def _limit_the_prefix_cache() -> None:
         config = OrthoRankConfig.of_engine(vllm_config.additional_config)
         if config is not None:
             keep_tails_out(self.kv_cache_manager, config, self.block_size)
+            # In this order: what stores know a block by is made of hashes that tell ratios apart.
+            keep_apart(self, config)
             keep_ratios_apart(self, config)
 
     Scheduler.__init__ = __init__
@@ -191,7 +194,8 @@ def _check_requests() -> None:
         self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
         is_session = kwargs.get("resumable", False)
-        check_ratio(self.vllm_config.additional_config, params, is_session)
+        has_stores = self.vllm_config.kv_transfer_config is not None
+        check_ratio(self.vllm_config.additional_config, params, is_session, has_stores)
         return original(self, request_id, prompt, params, *args, **kwargs)
 
     InputProcessor.process_inputs = process_inputs
@@ -233,10 +237,22 @@ def __getattr__(name: str) -> Any:
     require_seams(worker_seams())
     if name in ORTHORANK_OF.values():
         _hook_model_runner()
+        _hook_worker()
     from orthorank_vllm.engine.models import class_of
 
     # Kept: vLLM looks an architecture up more than once, and compares classes.
     return globals().setdefault(name, class_of(name))
+
+
+def _hook_worker() -> None:
+    # Why: weights that are copied into a model's own tensors, or lost in a deep sleep, pass no
+    # method of the model's; the sinks' states made of the old ones would be used on.
+    # Breaks on: a worker's extension that writes to them by itself (README, "New weights").
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from orthorank_vllm.engine import weights
+
+    weights.hook(Worker)
 
 
 def _hook_model_runner() -> None:

@@ -1,7 +1,8 @@
 """From the options to what is run: which profile is taken, and what does not fit a model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from orthorank_vllm.config import CALIBRATION_OFF, OrthoRankConfig, ratio_of
@@ -19,7 +20,13 @@ from orthorank_vllm.options import (
     at_most,
 )
 from orthorank_vllm.profile_store import kept_profiles, shipped_profile
-from orthorank_vllm.profiles import Profile, ProfileError, read_profile_of, stand_in_share_of
+from orthorank_vllm.profiles import (
+    Profile,
+    ProfileError,
+    read_profile_of,
+    read_stand_in_facts,
+    stand_in_share_of,
+)
 
 # Why a start does not measure, and what would help.
 NO_WEIGHTS = (
@@ -85,6 +92,32 @@ def resolve(
     if shipped is not None and most != AUTO:
         raise option.rejected(most, _lack(shipped, config))
     return config.unmeasured(*CALIBRATION_OFF)
+
+
+def measured_elsewhere(config: OrthoRankConfig, weights: str | None) -> Iterator[str]:
+    """What to say of a configuration that was measured on other weights.
+
+    Args:
+        weights: fingerprint of those that are there; None where they have none.
+    """
+    for what, measured_on in ((config.source, config.measured_on), *_stand_ins_given(config)):
+        if weights is not None and measured_on not in ("", weights):
+            yield (
+                f"OrthoRank's {what} was measured on other weights of this shape, and may not be "
+                "the best choice for these: `orthorank calibrate` measures them."
+            )
+
+
+def _stand_ins_given(config: OrthoRankConfig) -> list[tuple[str, str]]:
+    """What stand-ins given by hand are called, and the fingerprint of what they were fitted on."""
+    is_profiles = config.expected is not None
+    if is_profiles or not config.stand_in:
+        return []
+    try:
+        fitted_on = read_stand_in_facts(config.stand_in).get("weights", "")
+    except ProfileError:
+        return []
+    return [(f"file of stand-ins {Path(config.stand_in).name}", fitted_on)]
 
 
 def _check_layers(options: Options, num_layers: int) -> None:

@@ -1,6 +1,7 @@
 """The names that are taken from vLLM: listed, and there; and the versions that have them."""
 
 import ast
+import itertools
 import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +16,8 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "orthorank_vllm"
 AT_START_UP = compat.SEAMS + compat.WORKER_SEAMS
-CHECKED = AT_START_UP + compat.GPU_SEAMS + compat.COMMAND_SEAMS
+OF_CONNECTORS = tuple(itertools.chain.from_iterable(compat.CONNECTOR_SEAMS.values()))
+CHECKED = AT_START_UP + compat.GPU_SEAMS + compat.COMMAND_SEAMS + OF_CONNECTORS
 
 
 def test_every_seam_is_in_this_vllm() -> None:
@@ -73,6 +75,8 @@ def lists_for(file: Path) -> tuple[str, ...]:
     """The names that are checked before a file of the package runs."""
     if file == PACKAGE / "engine" / "runner_v2.py":
         return AT_START_UP + compat.GPU_SEAMS
+    if file.stem in compat.CONNECTOR_SEAMS:
+        return AT_START_UP + compat.CONNECTOR_SEAMS[file.stem]
     if file.relative_to(PACKAGE).parts[0] in ("compat.py", "offline"):
         return AT_START_UP + compat.COMMAND_SEAMS
     return AT_START_UP

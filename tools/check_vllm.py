@@ -9,6 +9,7 @@ is lacking.
 """
 
 import argparse
+import itertools
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,10 @@ from tools.vllm_source import Source, unpacked
 # One name is of a package beside vLLM.
 CHECKED = tuple(
     seam
-    for seam in (*compat.SEAMS, *compat.WORKER_SEAMS, *compat.GPU_SEAMS, *compat.COMMAND_SEAMS)
+    for seam in (
+        *(*compat.SEAMS, *compat.WORKER_SEAMS, *compat.GPU_SEAMS, *compat.COMMAND_SEAMS),
+        *itertools.chain.from_iterable(compat.CONNECTOR_SEAMS.values()),
+    )
     if seam.startswith("vllm.")
 )
 

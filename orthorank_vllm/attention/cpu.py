@@ -19,7 +19,7 @@ from vllm.model_executor.layers.attention.attention import (
 )
 
 from orthorank_vllm.attention import sdpa
-from orthorank_vllm.attention.kv_cache import is_quantised, write_kv
+from orthorank_vllm.attention.kv_cache import between_transfers, is_quantised, write_alone, write_kv
 from orthorank_vllm.compat import cpu_isa
 from orthorank_vllm.selection.plan import Batch, Ints
 
@@ -49,7 +49,7 @@ class CpuAttention:
             self._left = _Runs(request[is_left])
         self._is_dense = bool((rows_per_request == batch.query_len).all())
 
-    write = staticmethod(write_kv)
+    write = staticmethod(write_alone)
 
     def run(
         self,
@@ -70,8 +70,24 @@ class CpuAttention:
                 # much as a small batch's arithmetic.
                 unified_attention_with_output(query, key, value, output, attn.layer_name)
             else:
-                self._all.attend(attn, query, positions, output)
+                between_transfers(
+                    lambda: self._all.attend(attn, query, positions, output), attn.layer_name
+                )
             return output.flatten(1)
+        between_transfers(
+            lambda: self._attend_whole(attn, query, key, value, positions, output), attn.layer_name
+        )
+        return output.flatten(1)
+
+    def _attend_whole(
+        self,
+        attn: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        positions: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
         key = key.view(-1, attn.num_kv_heads, attn.head_size)
         value = value.view(-1, attn.num_kv_heads, attn.head_size)
         for whole in self._whole:
@@ -81,7 +97,6 @@ class CpuAttention:
             rest_output = torch.empty_like(rest)
             self._left.attend(attn, rest, positions[self._left_rows], rest_output)
             output[self._left_rows] = rest_output
-        return output.flatten(1)
 
 
 class _Runs:

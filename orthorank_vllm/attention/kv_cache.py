@@ -1,10 +1,16 @@
 """K and V on their way into vLLM's pages, and what they are when they come back."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
-from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
+from vllm.model_executor.layers.attention.attention import (
+    maybe_transfer_kv_layer,
+    unified_kv_cache_update,
+)
 from vllm.platforms import current_platform
+
+_Attended = TypeVar("_Attended")
 
 
 def write_kv(attn: Any, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -19,6 +25,23 @@ def write_kv(attn: Any, key: torch.Tensor, value: torch.Tensor) -> None:
         value.view(-1, attn.num_kv_heads, attn.head_size),
         attn.layer_name,
     )
+
+
+@maybe_transfer_kv_layer
+def between_transfers(attend: Callable[[], _Attended], layer_name: str) -> _Attended:
+    """Attend after a KV connector has loaded a layer and before it saves it, as vLLM's own does.
+
+    Args:
+        attend: not by vLLM's own attention, which would call the connector once more.
+        layer_name: of vLLM's `Attention` layer.
+    """
+    return attend()
+
+
+def write_alone(attn: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+    """`write_kv` where nothing attends: a KV connector saves what is written all the same."""
+    write_kv(attn, key, value)
+    between_transfers(lambda: None, attn.layer_name)
 
 
 def is_quantised(attn: Any) -> bool:

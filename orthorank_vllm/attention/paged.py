@@ -11,7 +11,7 @@ import torch
 from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.platforms import current_platform
 
-from orthorank_vllm.attention.kv_cache import write_kv
+from orthorank_vllm.attention.kv_cache import between_transfers, write_alone, write_kv
 from orthorank_vllm.attention.paged_kernel import PagedCache, attend
 from orthorank_vllm.attention.paged_merge import partials
 from orthorank_vllm.attention.tiles import (
@@ -91,7 +91,7 @@ class TritonAttention:
         self._rows_per_request = rows_per_request
         self._tiles: dict[int, Tiles] = {}
 
-    write = staticmethod(write_kv)
+    write = staticmethod(write_alone)
 
     def run(
         self,
@@ -111,7 +111,11 @@ class TritonAttention:
             return torch.zeros_like(query).flatten(1)
         tiles = self._tiles_for(attn.num_heads // attn.num_kv_heads, query.device)
         block_table = metadata.block_table
-        return _attend_to_pages(attn, query, positions, tiles, kv_cache, block_table).flatten(1)
+        attended: torch.Tensor = between_transfers(
+            lambda: _attend_to_pages(attn, query, positions, tiles, kv_cache, block_table),
+            attn.layer_name,
+        )
+        return attended.flatten(1)
 
     def _tiles_for(self, group_size: int, device: torch.device) -> Tiles:
         size = queries_per_tile(group_size)

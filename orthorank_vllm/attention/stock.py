@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from orthorank_vllm.attention.kv_cache import write_kv
+from orthorank_vllm.attention.kv_cache import write_alone
 
 
 class GatherAttention:
     """Attention of some rows: vLLM's own for all of them, and theirs kept."""
 
-    write = staticmethod(write_kv)
+    write = staticmethod(write_alone)
 
     def run(
         self,
@@ -37,7 +37,7 @@ class GatherAttention:
 class StockAttention:
     """Attention of every row, by vLLM's own."""
 
-    write = staticmethod(write_kv)
+    write = staticmethod(write_alone)
 
     def run(
         self,

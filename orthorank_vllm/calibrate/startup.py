@@ -17,12 +17,14 @@ from orthorank_vllm.calibrate.search import NothingToTell
 from orthorank_vllm.calibrate.text import built_in_text, held_back_text
 from orthorank_vllm.compat import cache_root
 from orthorank_vllm.config import CALIBRATION_OFF, OrthoRankConfig
+from orthorank_vllm.engine.stores import with_maker
 from orthorank_vllm.model.fingerprint import loads_weights
 from orthorank_vllm.offline import worker_calls
 from orthorank_vllm.offline.workers import Workers, tokenizer_of
 from orthorank_vllm.options import OptionError
 from orthorank_vllm.profile_store import find_profile, kept_path, kept_profiles
-from orthorank_vllm.profiles import Profile, ProfileError, model_identity, read_stand_in_facts
+from orthorank_vllm.profiles import Profile, model_identity
+from orthorank_vllm.resolve import measured_elsewhere
 from orthorank_vllm.selection.method import Method
 
 logger = logging.getLogger("vllm.orthorank")
@@ -55,6 +57,7 @@ def choose_layers(executor: Any, vllm_config: Any) -> None:
         _compare(config, vllm_config.load_config, weights)
         return
     final = _chosen(workers, vllm_config.model_config, config, weights, deadline)
+    final = with_maker(final, vllm_config.kv_transfer_config)
     workers.call(worker_calls.use_layers, final.as_dict())
     _compare(final, vllm_config.load_config, weights)
     vllm_config.additional_config["orthorank"] = final.as_dict()
@@ -70,25 +73,8 @@ def _compare(config: OrthoRankConfig, load_config: Any, weights: str | None) -> 
             config.source,
         )
         return
-    for what, measured_on in ((config.source, config.measured_on), *_stand_ins_given(config)):
-        if weights is not None and measured_on not in ("", weights):
-            logger.warning(
-                "OrthoRank's %s was measured on other weights of this shape, and may not be the "
-                "best choice for these: `orthorank calibrate` measures them.",
-                what,
-            )
-
-
-def _stand_ins_given(config: OrthoRankConfig) -> list[tuple[str, str]]:
-    """What stand-ins given by hand are called, and the fingerprint of what they were fitted on."""
-    is_profiles = config.expected is not None
-    if is_profiles or not config.stand_in:
-        return []
-    try:
-        fitted_on = read_stand_in_facts(config.stand_in).get("weights", "")
-    except ProfileError:
-        return []
-    return [(f"file of stand-ins {Path(config.stand_in).name}", fitted_on)]
+    for line in measured_elsewhere(config, weights):
+        logger.warning("%s", line)
 
 
 def _chosen(

@@ -6,6 +6,8 @@ from typing import Any
 
 from orthorank_vllm.attention.backend import check_backend
 from orthorank_vllm.engine.alignment import align
+from orthorank_vllm.engine.connectors import with_ours
+from orthorank_vllm.engine.stores import with_maker
 from orthorank_vllm.engine.unsupported import check_supported
 from orthorank_vllm.metrics.collector import FOLDER_VARIABLE, prepare_server
 from orthorank_vllm.model.architectures import hf_overrides_for
@@ -49,6 +51,9 @@ def configure(
     kept = kept_profiles(envs.VLLM_CACHE_ROOT, model["config_sha256"], config.rule)
     if config.to_choose and not kept:
         _check_can_calibrate(vllm_config.model_config, options)
+    vllm_config.kv_transfer_config = with_ours(vllm_config.kv_transfer_config)
+    if not config.to_choose:
+        config = with_maker(config, vllm_config.kv_transfer_config)
     vllm_config.additional_config = {
         **vllm_config.additional_config,
         "orthorank": config.as_dict(),

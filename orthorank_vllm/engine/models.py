@@ -49,6 +49,7 @@ class OrthoRankForCausalLM(MeasuredForCausalLM):
         inputs_embeds: torch.Tensor | None = None,
         orthorank_plan: Plan | None = None,
     ) -> torch.Tensor | IntermediateTensors:
+        self.orthorank.has_run = True
         if self.orthorank.needs_warm_up:
             # vLLM runs the model at start-up, with and without a KV cache.
             self.orthorank.warm_up()
@@ -72,7 +73,7 @@ class OrthoRankForCausalLM(MeasuredForCausalLM):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         loaded = super().load_weights(weights)
-        self.orthorank.weights_changed()
+        self.orthorank.weights_changed(self.fingerprint)
         return loaded
 
 

@@ -1,27 +1,29 @@
 """What an OrthoRank model carries besides its stock modules."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from vllm.sequence import IntermediateTensors
 
 from orthorank_vllm.attention.backend import choose_backend
 from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.engine.step_stats import Seconds, StepCounter
 from orthorank_vllm.engine.unsupported import check_supported
+from orthorank_vllm.engine.weights import Renewal
+from orthorank_vllm.model import qkv
 from orthorank_vllm.model.decoder import Decoder
+from orthorank_vllm.model.fingerprint import Fingerprint
 from orthorank_vllm.model.forward import Outcome, SelectiveLayer, sparse_forward
 from orthorank_vllm.model.ops import add_and_norm
-from orthorank_vllm.model.qkv import FusedWeight, PackedWeight, SlicedWeight, SplitWeight
 from orthorank_vllm.model.sinks import SinkTable
-from orthorank_vllm.model.stand_in import FusedStandIn, read_stand_ins
+from orthorank_vllm.model.stand_in import FusedStandIn, stand_ins_to_add
 from orthorank_vllm.model.tensor_parallel import is_first_rank
-from orthorank_vllm.options import STAND_IN, OptionError
+from orthorank_vllm.options import OptionError
 from orthorank_vllm.selection.plan import Batch, Plan, make_plan, profile_run_batches
 
 # vLLM shows the log lines of its own namespace only.
@@ -39,6 +41,7 @@ class SparsePrefill:
         is_paused: whether every forward is to be stock vLLM's, for a comparison of the two in one
             engine; may be changed between forwards.
         needs_warm_up: the attention's kernels are not compiled yet.
+        has_run: the model has, so that its first weights are complete.
         needs_model_state: Model Runner V2 has not yet asked for the model's state, which brings
             it the plans.
     """
@@ -71,12 +74,15 @@ class SparsePrefill:
         # The ranks compute the same tokens: one of them counts.
         self._counter = StepCounter.of(vllm_config, self._decoder) if is_first_rank() else None
         self._outcome: Outcome | None = None
-        self.is_paused = self.needs_warm_up = False
+        self.is_paused = self.needs_warm_up = self.has_run = False
         # There vLLM sizes its KV cache by the memory that its first forward takes.
         self._needs_profile_run = self._device.type == "cuda"
         self.needs_model_state = bool(vllm_config.use_v2_model_runner)
         # Weights of layers that may yet become selective.
-        self._fused: dict[int, FusedWeight] = {}
+        self._fused: dict[int, qkv.FusedWeight] = {}
+        for index, layer in self._decoder.layers.items():
+            qkv.tell_before_packing(layer.attn, partial(self._cut, index))
+        self._renewal = Renewal()
         self.config = OrthoRankConfig.from_dict(settings)
         if not self.config.to_choose:
             self.use_layers(self.config)
@@ -97,7 +103,7 @@ class SparsePrefill:
         if not config.stand_in:
             stand_ins = {}
         elif stand_ins is None:
-            stand_ins = self._stand_ins_of(keeps)
+            stand_ins = stand_ins_to_add(config.stand_in, keeps, self._hidden_size, self._dtype)
         by_error = {layer for layer, found in stand_ins.items() if found.knows_errors}
         by_sink = sorted(layer for layer, keep in keeps.items() if keep and layer not in by_error)
         self._selective = {
@@ -138,20 +144,6 @@ class SparsePrefill:
                 config.remedy,
             )
 
-    def _stand_ins_of(self, layers: Iterable[int]) -> dict[int, FusedStandIn]:
-        try:
-            found = read_stand_ins(self.config.stand_in, layers)
-            for layer in found.values():
-                if len(layer.down) != self._hidden_size:
-                    raise ValueError(f"it is of a model with {len(layer.down)} channels")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise STAND_IN.rejected(
-                self.config.stand_in, f"this worker cannot use it ({error})"
-            ) from None
-        return {
-            layer: stand_in.fused(self._device, self._dtype) for layer, stand_in in found.items()
-        }
-
     def attend_by(self, asked: str) -> None:
         """Attend in another way from now on.
 
@@ -165,16 +157,18 @@ class SparsePrefill:
         self.attention = choose_backend(asked, layers, self._device.type)
         self.needs_warm_up = self.attention.compile is not None
 
-    def _split_of(self, layer: int) -> SplitWeight | None:
+    def _split_of(self, layer: int) -> qkv.SplitWeight | None:
         fused = self._fused.get(layer)
         if fused is None:
-            return SlicedWeight.of(self._decoder.layers[layer].attn)
-        return PackedWeight(fused)
+            return qkv.SlicedWeight.of(self._decoder.layers[layer].attn)
+        return qkv.PackedWeight(fused)
 
     def plan(self, batch: Batch) -> Plan | None:
         """The plan of one forward, None if it is a dense one."""
         if self.config.to_choose:
             raise RuntimeError("OrthoRank was to choose its layers at start-up and has not")
+        if self._counter is not None:
+            self._renewal.say(self.config)
         keeps = self._keeps
         if self.is_paused or not keeps:
             return None
@@ -217,6 +211,8 @@ class SparsePrefill:
             or what the next stage takes.
         """
         positions = positions[: plan.num_tokens]
+        for kept in self._selective.values():
+            kept.place_stand_in(self._device)
         update: torch.Tensor | None = None
         if self._decoder.is_first:
             assert input_ids is not None
@@ -293,15 +289,20 @@ class SparsePrefill:
         if self._counter is not None:
             self._counter.count(batch, plan, outcome, seconds)
 
-    def weights_changed(self) -> None:
-        """To be called when the model has loaded its weights, before vLLM packs them."""
-        layers = self._decoder.layers
-        candidates = layers if self.config.to_choose else self._selective
-        fused = {layer: FusedWeight.of(layers[layer].attn) for layer in candidates}
-        self._fused = {layer: weight for layer, weight in fused.items() if weight is not None}
+    def weights_changed(self, fingerprint: Fingerprint | None = None) -> None:
+        """Forget what was made of the weights: to be called whenever there are others.
+
+        Args:
+            fingerprint: theirs, where they passed the model's own `load_weights`.
+        """
+        if not self.config.to_choose:
+            self._sinks.clear()
+        if fingerprint is not None and self.has_run:
+            self._renewal.note(fingerprint)
+
+    def _cut(self, layer: int, fused: qkv.FusedWeight) -> None:
+        """Cut a layer's weight before vLLM packs it, or keep it until that is decided."""
         if self.config.to_choose:
-            return
-        self._sinks.clear()
-        for layer, kept in self._selective.items():
-            kept.split = self._split_of(layer)
-        self._fused = {}
+            self._fused[layer] = fused
+        elif layer in self._selective:
+            self._selective[layer].split = qkv.PackedWeight(fused)

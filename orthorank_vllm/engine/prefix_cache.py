@@ -26,6 +26,11 @@ def shared_borders(borders: Borders, block_size: int) -> Borders:
     return borders._replace(window=math.lcm(borders.window, block_size))
 
 
+def borders_for_others(config: OrthoRankConfig, block_size: int) -> Borders:
+    """Where what a prompt leaves to others ends: whole blocks, and windows where it is aligned."""
+    return shared_borders(config.borders or Borders(1, config.tail), block_size)
+
+
 def hashes_of_windows(block_hashes: Sequence[bytes], blocks_per_window: int) -> list[bytes]:
     """A prompt's hashes, those of each whole window's blocks made of its last one's.
 
@@ -36,7 +41,7 @@ def hashes_of_windows(block_hashes: Sequence[bytes], blocks_per_window: int) -> 
         window = block_hashes[end - 1]
         for block in range(blocks_per_window):
             digest = hashlib.sha256(window + block.to_bytes(4, "big")).digest()
-            hashes[end - blocks_per_window + block] = digest
+            hashes[end - blocks_per_window + block] = digest[: len(window)]
     return hashes
 
 

@@ -38,13 +38,16 @@ def is_dense(config: OrthoRankConfig, params: Any) -> bool:
     return num_selective(config, params) == 0
 
 
-def check_ratio(additional_config: Any, params: Any, is_session: bool) -> None:
+def check_ratio(
+    additional_config: Any, params: Any, is_session: bool, has_stores: bool = False
+) -> None:
     """Refuse a ratio that this server cannot serve a request with.
 
     Args:
         additional_config: vLLM's, resolved.
         params: vLLM's `SamplingParams`, or others, which ask for nothing.
         is_session: whether more of its prompt will come once this part is answered.
+        has_stores: whether a KV connector hands K and V on: some know them by their tokens alone.
 
     Raises:
         RequestError: names what can be asked for.
@@ -62,6 +65,10 @@ def check_ratio(additional_config: Any, params: Any, is_session: bool) -> None:
     if is_session:
         raise RequestError(
             f"{KEY} {asked}: not possible for a prompt that comes in parts, leave it out"
+        )
+    if has_stores:
+        raise RequestError(
+            f"{KEY} {asked}: not possible in a server with --kv-transfer-config, leave it out"
         )
 
 

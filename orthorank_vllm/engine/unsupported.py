@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orthorank_vllm.compat import uses_micro_batches, uses_sequence_parallelism
+from orthorank_vllm.engine import connectors
 from orthorank_vllm.options import OptionError
 
 # Proposers whose drafts do not come from the target's hidden states.
@@ -198,8 +199,35 @@ REFUSALS = (
     ),
     Refusal(
         "--kv-transfer-config",
-        lambda c: c.kv_transfer_config and c.kv_transfer_config.kv_connector,
-        "connectors hook the stock attention, which a selective layer does not call",
+        connectors.connector_among(connectors.BY_TOKENS),
+        "it finds K and V by their tokens alone, so those of another ratio, or of a shorter "
+        "prompt's tail, would be taken",
+    ),
+    Refusal(
+        "--kv-transfer-config",
+        connectors.connector_among(connectors.UNCOMPARED),
+        "it does not compare the configurations of its two sides, so K and V of another ratio "
+        "would be taken; NixlConnector works",
+    ),
+    Refusal(
+        "--kv-transfer-config",
+        connectors.unknown_connector,
+        f"it may not tell K and V of another ratio apart; {', '.join(connectors.KNOWN)} do",
+    ),
+    Refusal(
+        "--kv-transfer-config bidirectional_kv_xfer",
+        connectors.connector_setting("bidirectional_kv_xfer"),
+        "an answer's K and V would be taken for a longer prompt's",
+    ),
+    Refusal(
+        "--kv-transfer-config enforce_handshake_compat",
+        connectors.connector_setting("enforce_handshake_compat", expected=True),
+        "K and V of another ratio would be taken",
+    ),
+    Refusal(
+        "--kv-transfer-config kv_load_failure_policy",
+        connectors.load_failure_policy,
+        "what is computed again would begin within a window; fail works",
     ),
     Refusal(
         "--kv-cache-dtype",
@@ -216,11 +244,6 @@ REFUSALS = (
         _scheduler,
         "a prompt's tail is kept out of the prefix cache by vLLM's Scheduler, which this does not "
         "derive from",
-    ),
-    Refusal(
-        "--enable-sleep-mode",
-        lambda c: c.model_config.enable_sleep_mode or None,
-        "the sink's states would outlive the weights",
     ),
     Refusal(
         "--compilation-config mode",

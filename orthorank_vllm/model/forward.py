@@ -61,6 +61,11 @@ class SelectiveLayer:
     split: SplitWeight | None = None
     stand_in: FusedStandIn | None = None
 
+    def place_stand_in(self, device: torch.device) -> None:
+        """Bring it to a device, if it is not there; see `stand_in.stand_ins_to_add`."""
+        if self.stand_in is not None and self.stand_in.down.device.type != device.type:
+            self.stand_in = self.stand_in.to(device)
+
 
 @dataclass
 class Step:

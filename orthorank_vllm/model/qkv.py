@@ -48,6 +48,26 @@ class FusedWeight:
         return cls(weight.detach(), bias, attn.q_size)
 
 
+def tell_before_packing(attn: Any, tell: Callable[[FusedWeight], None]) -> None:
+    """Have a layer's fused weight told whenever vLLM is about to pack it: at each load.
+
+    Args:
+        attn: with `qkv_proj`, whose method of loading is its own.
+    """
+    method = attn.qkv_proj.quant_method
+    if type(method) is not UnquantizedLinearMethod:
+        return
+    pack = method.process_weights_after_loading
+
+    def tell_and_pack(module: nn.Module) -> None:
+        fused = FusedWeight.of(attn)
+        if fused is not None:
+            tell(fused)
+        pack(module)
+
+    method.process_weights_after_loading = tell_and_pack
+
+
 class SplitWeight(Protocol):
     """The fused weight of one layer, cut between Q and K."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from orthorank_vllm.files import write_whole
+from orthorank_vllm.options import STAND_IN
 
 # In a file, whatever the model's: half of float32's size, and finer than bfloat16.
 STORED_DTYPE = torch.float16
@@ -78,6 +79,16 @@ class FusedStandIn:
     one: torch.Tensor
     up: torch.Tensor
     error_direction: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> "FusedStandIn":
+        """A copy on a device."""
+        direction = self.error_direction
+        return FusedStandIn(
+            down=self.down.to(device),
+            one=self.one.to(device),
+            up=self.up.to(device),
+            error_direction=None if direction is None else direction.to(device),
+        )
 
     @property
     def rank(self) -> int:
@@ -160,3 +171,26 @@ def read_stand_ins(path: str | Path, layers: Iterable[int]) -> dict[int, StandIn
             for layer in layers
             if f"{layer}.down" in names
         }
+
+
+def stand_ins_to_add(
+    path: str | Path, layers: Iterable[int], hidden_size: int, dtype: torch.dtype
+) -> dict[int, FusedStandIn]:
+    """Maps as they are added, still on the host.
+
+    What is on a device when a model is loaded, vLLM discards with its weights in a deep sleep.
+
+    Raises:
+        OptionError: the file is none, or of another model.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        found = read_stand_ins(path, layers)
+        for layer in found.values():
+            if len(layer.down) != hidden_size:
+                raise ValueError(f"it is of a model with {len(layer.down)} channels")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise STAND_IN.rejected(str(path), f"this worker cannot use it ({error})") from None
+    host = torch.device("cpu")
+    return {layer: stand_in.fused(host, dtype) for layer, stand_in in found.items()}

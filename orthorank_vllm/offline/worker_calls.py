@@ -159,4 +159,8 @@ def use_layers(worker: Any, settings: dict[str, Any]) -> None:
     With the stand-ins that were fitted here, if any were: no other worker's file is needed then.
     """
     fitted = vars(worker).pop("orthorank_stand_ins", None)
-    worker.get_model().orthorank.use_layers(OrthoRankConfig.from_dict(settings), fitted)
+    config = OrthoRankConfig.from_dict(settings)
+    worker.get_model().orthorank.use_layers(config, fitted)
+    if config.maker:
+        # A KV connector is made here later, of this.
+        worker.vllm_config.additional_config["orthorank"] = settings

@@ -143,20 +143,12 @@ def test_an_unsupported_model_is_refused_before_anything_is_loaded(tmp_path: Pat
         ({"hf_overrides": {"attention_sinks": True}}, "attention_sinks True"),
         ({"hf_overrides": {"dual_chunk_attention_config": {}}}, "dual_chunk_attention_config"),
         ({"compilation_config": {"mode": 1}}, "--compilation-config mode STOCK_TORCH_COMPILE"),
-        (
-            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-            "--kv-transfer-config ExampleConnector",
-        ),
         ({"speculative_config": {"num_speculative_tokens": 2}}, "--speculative-config"),
     ],
 )
 def test_a_feature_that_cannot_be_right_is_refused_by_name(
     model_path: str, options: dict[str, Any], named: str
 ) -> None:
-    if "kv_transfer_config" in options:
-        from vllm.config import KVTransferConfig
-
-        options = {"kv_transfer_config": KVTransferConfig(**options["kv_transfer_config"])}
     if "speculative_config" in options:
         options = {"speculative_config": {"model": model_path, "num_speculative_tokens": 2}}
     with pytest.raises(OptionError) as caught:
@@ -188,7 +180,6 @@ ELSEWHERE = {
     "--calculate-kv-scales": ("cache_config", "calculate_kv_scales", True),
     "--compilation-config pass_config.enable_sp": ("compilation_config", "pass_config", SP_OF_026),
     "--kv-cache-dtype": ("cache_config", "cache_dtype", "nvfp4"),
-    "--enable-sleep-mode": ("model_config", "enable_sleep_mode", True),
     "multimodal input": ("model_config", "multimodal_config", SimpleNamespace()),
 }
 

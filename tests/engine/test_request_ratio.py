@@ -100,3 +100,10 @@ def test_the_bound_is_the_servers_own_ratio_unless_another_is_given(
 def test_what_comes_past_the_check_means_something_to_every_process(ratio: Any, count: int) -> None:
     """The server's own ratio for what is no ratio, its largest for what is above it."""
     assert num_selective(CONFIG, asking(ratio)) == count
+
+
+def test_where_a_kv_connector_hands_on_keys_and_values_no_request_has_a_ratio_of_its_own() -> None:
+    """ExampleConnector, for one, finds them by their tokens alone."""
+    check_ratio(ADDITIONAL, asking(None), is_session=False, has_stores=True)
+    with pytest.raises(ValueError, match=f"{KEY} 0: not possible in a server with --kv-transfer"):
+        check_ratio(ADDITIONAL, asking(0), is_session=False, has_stores=True)
