@@ -89,6 +89,9 @@ def test_its_objects_are_valid_in_kubernetes(version: str, file: str, scaler: st
         ({**MODEL, "orthorank": {"keep": "a third"}}, "at '/orthorank/keep'"),
         ({**MODEL, "orthorank": {"tail": 0}}, "at '/orthorank/tail'"),
         ({**MODEL, "orthorank": {"maxLoss": "little"}}, "at '/orthorank/maxLoss'"),
+        ({**MODEL, "orthorank": {"maxRatio": 1}}, "at '/orthorank/maxRatio'"),
+        # What YAML makes of on without quotes.
+        ({**MODEL, "orthorank": {"aligned": True}}, "at '/orthorank/aligned'"),
         # What YAML makes of 29:0 without quotes.
         ({**MODEL, "orthorank": {"layers": 1740}}, "at '/orthorank/layers'"),
         ({**MODEL, "orthorank": {"layers": "29:all"}}, "at '/orthorank/layers'"),
@@ -137,6 +140,17 @@ def test_a_ratio_to_be_found_is_on_and_goes_with_what_may_be_lost() -> None:
     """Break seen: a ratio that is no number, taken for 0."""
     objects = rendered({**MODEL, "orthorank": {"ratio": "auto", "maxLoss": 0.05}})
     assert {"--orthorank-ratio=auto", "--orthorank-max-loss=0.05"} < set(args_of(objects))
+    labels = objects["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert labels["orthorank"] == "on"
+
+
+@pytest.mark.parametrize("ratio", [0, 0.2])
+def test_a_ratio_for_requests_to_ask_for_is_on_whatever_the_servers_own_is(ratio: float) -> None:
+    given = {"ratio": ratio, "maxRatio": 0.5, "aligned": "off"}
+    objects = rendered({**MODEL, "orthorank": given})
+    args = args_of(objects)
+    assert {f"--orthorank-ratio={ratio}", "--orthorank-max-ratio=0.5"} < set(args)
+    assert "--orthorank-aligned=off" in args
     labels = objects["Deployment"]["spec"]["template"]["metadata"]["labels"]
     assert labels["orthorank"] == "on"
 
