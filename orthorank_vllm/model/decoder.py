@@ -139,7 +139,7 @@ class DecoderLayer:
     def queries_and_keys(
         self, positions: torch.Tensor, normed: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of every row, as attention takes them, [tokens, heads x head size]; see `forward`."""
+        """What attention takes of every row, [tokens, heads x head size] each; see `forward`."""
         key, _, query_of = project(self.attn, None, normed)
         return self._normed_and_placed(positions, query_of(None), key)
 
