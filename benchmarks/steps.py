@@ -135,6 +135,7 @@ class Engine:
             kinds.append(SegmentedTopKTriton)
         for kind in kinds:
             kind.rows = self._timed(kind.rows, "selection")
+            kind.rows_by_error = self._timed(kind.rows_by_error, "selection")
         if not self.is_gpu:
             model.forward = self._timed(model.forward, "model")
             forward = self._timed(runner._model_forward, "all")
