@@ -10,7 +10,7 @@ from typing import Any
 from tests.conftest import ROOT
 
 # A script may wait for its turn of the cores; more is a hang.
-SECONDS = 400
+SECONDS = 800
 # What a script prints this in front of is its answer.
 ANSWER = "ANSWER"
 HEADER = f"""
