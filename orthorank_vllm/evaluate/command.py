@@ -26,7 +26,7 @@ from orthorank_vllm.evaluate.layers import (
     profile_to_test,
     stand_ins_to_test,
 )
-from orthorank_vllm.evaluate.methods import METHODS, Prune, Replace, method_named
+from orthorank_vllm.evaluate.methods import METHODS, Replace, method_named
 from orthorank_vllm.evaluate.report import render
 from orthorank_vllm.evaluate.results import Results
 from orthorank_vllm.evaluate.runs import DENSE, Layers, Run, plan_runs, repeats_the_rule
@@ -86,11 +86,12 @@ def run(arguments: argparse.Namespace) -> int:
         if profile is not None:
             results.profiles[Method.name] = profile
             check_weights(profile, model, weights, args.rule, arguments.profile is not None)
-        for rival in (Prune, Replace):
-            if rival.name in args.methods and chosen:
-                _compare_texts(profile, args)
-                results.profiles[rival.name] = _pruned(
-                    rival.name, workers, model_config, tokenizer, weights, max(chosen), args
+        pruning = [name for name in args.methods if METHODS[name].skips_layers]
+        if pruning and chosen:
+            _compare_texts(profile, args)
+            for name in pruning:
+                results.profiles[name] = _pruned(
+                    name, workers, model_config, tokenizer, weights, max(chosen), args
                 )
         runs = plan_runs(
             args.methods,
