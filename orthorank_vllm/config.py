@@ -5,10 +5,9 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from orthorank_vllm.options import MAX_RATIO, RATIO, LayerKeep, at_most
+from orthorank_vllm.options import MAX_RATIO, RATIO, LayerKeep
 from orthorank_vllm.profiles import Cost, MeasuredRule, Profile
 from orthorank_vllm.selection.borders import Borders
 
@@ -286,52 +285,6 @@ class OrthoRankConfig:
         """
         return replace(self.with_layers((), f"nothing: {reason}"), remedy=remedy)
 
-    def describe(self) -> str:
-        """The start-up line."""
-        asked = ""
-        if self.max_loss is not None:
-            asked = f" (auto: at most {self.max_loss:.3g} nats lost)"
-        elif self.ratio_asked is not None:
-            asked = f" (asked for {self.ratio_asked:.3g})"
-        stand_in = f", stand-ins of {Path(self.stand_in).name}" if self.stand_in else ""
-        window = f"window {self.window}" if self.window else "window: whole prompt"
-        if not self.is_aligned:
-            window += ", not aligned (what is computed of a prompt depends on load)"
-        expected = "" if self.expected is None else f", expected loss {describe(self.expected)}"
-        layers, more = self.default_layers, self.layers[self.num_default :]
-        by_request = ""
-        if more:
-            most = self.ratio_with(len(self.layers))
-            by_request = f" and up to {most:.3f} by request [{','.join(map(str, more))}]"
-        return (
-            f"OrthoRank is active: ratio {self.ratio:.3f}{asked}, {window}, "
-            f"tail {self.tail}{stand_in}, {len(layers)} of {self.num_layers} layers selective "
-            f"[{','.join(map(str, layers))}]{by_request}, chosen by {self.source}{expected}"
-        )
-
-    def warning(self) -> str:
-        """What these layers cost, if that is much, or that nobody knows; else empty."""
-        if not self.default_layers:
-            return ""
-        if self.expected is None:
-            return (
-                "OrthoRank does not know what answers lose with these layers: measure it with "
-                "`orthorank evaluate`, look-ups above all, before you serve them."
-            )
-        found = 1.0 if self.expected.found is None else self.expected.found
-        if self.max_loss is not None or (self.expected.worst <= MUCH_LOSS and found >= FEW_FOUND):
-            return ""
-        advice = (
-            "give --orthorank-ratio 0"
-            if self.advised is None
-            else f"--orthorank-ratio {at_most(self.advised)} keeps them"
-        )
-        return (
-            f"OrthoRank expects answers to lose {describe(self.expected)} at this ratio, more than "
-            f"{MUCH_LOSS:g} nats on the worst kind of text or more than {1 - FEW_FOUND:.0%} of "
-            f"the look-ups: {advice}."
-        )
-
     def _of(self, profile: Profile, count: int) -> list[LayerKeep]:
         return [
             entry.layer_keep if self.keep is None else LayerKeep(entry.layer, self.keep)
@@ -360,13 +313,6 @@ def ratio_of(layers: Sequence[LayerKeep], num_layers: int, stand_in_share: float
         stand_in_share: see `Profile.share`.
     """
     return sum(1 - (keep or 0.0) for _, keep in layers) * (1 - stand_in_share) / num_layers
-
-
-def describe(cost: Cost) -> str:
-    """A cost in one line: nats per answer token by kind of text, and the numbers found."""
-    losses = ", ".join(f"{kind} {loss:.3f}" for kind, loss in cost.loss.items())
-    found = "" if cost.found is None else f"; {cost.found:.0%} of numbers found"
-    return f"{losses} nats a token{found}"
 
 
 def _expected(profile: Profile, count: int) -> Cost | None:

@@ -61,6 +61,11 @@ class Cost:
         """The loss of the kind of text that loses most."""
         return max(self.loss.values())
 
+    def __str__(self) -> str:
+        losses = ", ".join(f"{kind} {loss:.3f}" for kind, loss in self.loss.items())
+        found = "" if self.found is None else f"; {self.found:.0%} of numbers found"
+        return f"{losses} nats a token{found}"
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -100,7 +100,12 @@ def measured_elsewhere(config: OrthoRankConfig, weights: str | None) -> Iterator
     Args:
         weights: fingerprint of those that are there; None where they have none.
     """
-    for what, measured_on in ((config.source, config.measured_on), *_stand_ins_given(config)):
+    # A profile's stand-ins were fitted on what its layers were measured on: one line for both.
+    what_by_weights = {
+        _fitted_on(config.stand_in): f"file of stand-ins {Path(config.stand_in).name}"
+    }
+    what_by_weights[config.measured_on] = config.source
+    for measured_on, what in what_by_weights.items():
         if weights is not None and measured_on not in ("", weights):
             yield (
                 f"OrthoRank's {what} was measured on other weights of this shape, and may not be "
@@ -108,16 +113,12 @@ def measured_elsewhere(config: OrthoRankConfig, weights: str | None) -> Iterator
             )
 
 
-def _stand_ins_given(config: OrthoRankConfig) -> list[tuple[str, str]]:
-    """What stand-ins given by hand are called, and the fingerprint of what they were fitted on."""
-    is_profiles = config.expected is not None
-    if is_profiles or not config.stand_in:
-        return []
+def _fitted_on(stand_in: str) -> str:
+    """Fingerprint of the weights that a file of stand-ins was fitted on; empty if unknown."""
     try:
-        fitted_on = read_stand_in_facts(config.stand_in).get("weights", "")
+        return str(read_stand_in_facts(stand_in).get("weights", "")) if stand_in else ""
     except ProfileError:
-        return []
-    return [(f"file of stand-ins {Path(config.stand_in).name}", fitted_on)]
+        return ""
 
 
 def _check_layers(options: Options, num_layers: int) -> None:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from orthorank_vllm.config import CALIBRATION_OFF, OrthoRankConfig, describe
+from orthorank_vllm.config import CALIBRATION_OFF, OrthoRankConfig
 from orthorank_vllm.options import LayerKeep, OptionError
 from orthorank_vllm.profiles import Cost, Entry, Profile
+from orthorank_vllm.start_lines import start_up_line, warning
 
 THIRD = 1 / 3
 MODEL = {"num_hidden_layers": 10}
@@ -59,7 +60,7 @@ def test_entries_are_taken_from_the_front_until_the_ratio_is_reached(
 def test_the_ratio_reached_is_what_is_reported() -> None:
     config = with_ratio(0.25)
     assert config.ratio == pytest.approx(0.275)
-    assert config.describe() == (
+    assert start_up_line(config) == (
         "OrthoRank is active: ratio 0.275 (asked for 0.25), window 128, tail 64, 3 of 10 layers "
         "selective [9:0,8:0,3:0.25], chosen by profile mine, expected loss prose 0.030, copy 0.005 "
         "nats a token; 97% of numbers found"
@@ -105,8 +106,8 @@ def test_auto_takes_the_most_entries_that_lose_little_on_the_worst_kind(
     config = replace(AUTO, max_loss=max_loss).with_profile(profile())
     assert config.layers == tuple(entry.layer_keep for entry in ENTRIES[:count])
     assert config.expected == ENTRIES[count - 1].held_back
-    assert config.warning() == ""
-    assert f"(auto: at most {max_loss:.3g} nats lost)" in config.describe()
+    assert warning(config) == ""
+    assert f"(auto: at most {max_loss:.3g} nats lost)" in start_up_line(config)
 
 
 @pytest.mark.parametrize(
@@ -134,13 +135,6 @@ def test_the_layers_are_those_of_the_largest_ratio_and_the_first_ones_the_defaul
     ]
 
 
-def test_the_start_up_line_tells_what_more_may_be_asked_for() -> None:
-    assert (
-        "ratio 0.200 (asked for 0.2), window 128, tail 64, 2 of 10 layers selective [9:0,8:0] and "
-        "up to 0.375 by request [3:0.25,7:0], chosen by profile mine"
-    ) in with_ratio(0.2, max_ratio=0.3).describe()
-
-
 def test_auto_beside_a_largest_ratio_loads_that_ones_layers() -> None:
     config = replace(AUTO, max_ratio=0.475).with_profile(profile())
     assert (len(config.layers), config.num_default) == (5, 4)
@@ -164,56 +158,9 @@ def test_auto_that_can_take_no_layer_says_so() -> None:
     lossy = profile(Entry(3, 0.0, cost(0.5)))
     assert AUTO.entries_needed(lossy) == 0
     config = AUTO.with_profile(lossy)
-    assert (config.layers, config.ratio, config.warning()) == ((), 0, "")
+    assert (config.layers, config.ratio, warning(config)) == ((), 0, "")
     assert config.source == "nothing: by profile mine no layer can be selective at a loss of 0.02"
     assert "--orthorank-max-loss" in config.remedy
-
-
-def test_nothing_is_said_of_layers_that_cost_little() -> None:
-    assert with_ratio(0.275).warning() == ""
-    assert with_ratio(0.375).warning() == ""
-
-
-def test_a_start_warns_of_what_costs_much_and_says_what_would_not() -> None:
-    assert with_ratio(0.475).warning() == (
-        "OrthoRank expects answers to lose prose 0.250, copy 0.100 nats a token; 50% of numbers "
-        "found at this ratio, more than 0.1 nats on the worst kind of text or more than 5% of the "
-        "look-ups: --orthorank-ratio 0.375 keeps them."
-    )
-
-
-def test_a_start_warns_of_look_ups_that_are_lost_where_the_loss_is_small() -> None:
-    forgetful = profile(ENTRIES[0], Entry(5, 0.0, cost(0.001, 0.94)))
-    config = replace(CONFIG, ratio_asked=0.2).with_profile(forgetful)
-    assert "94% of numbers found" in config.warning()
-    assert config.warning().endswith("--orthorank-ratio 0.1 keeps them.")
-
-
-def test_the_advised_ratio_is_one_that_gives_just_those_entries() -> None:
-    """Guards against: 0.13333 rounded up, which takes one layer more."""
-    config = replace(CONFIG, num_layers=15, ratio_asked=0.2)
-    model = {"num_hidden_layers": 15}
-    three = Profile(
-        "mine",
-        model,
-        (*ENTRIES[:2], Entry(5, 0.0, cost(0.4))),
-        window=128,
-        tail=64,
-    )
-    assert config.with_profile(three).warning().endswith("--orthorank-ratio 0.1333 keeps them.")
-    assert replace(config, ratio_asked=0.1333).entries_needed(three) == 2
-
-
-def test_where_no_ratio_keeps_them_the_advice_is_none() -> None:
-    config = CONFIG.with_profile(profile(*(replace(e, held_back=cost(0.5)) for e in ENTRIES)))
-    assert config.warning().endswith("give --orthorank-ratio 0.")
-
-
-def test_of_layers_without_figures_a_start_says_that_nobody_knows() -> None:
-    by_hand = CONFIG.with_layers([LayerKeep(7, 0.0)], "--orthorank-layers")
-    assert by_hand.measured
-    for config in (by_hand, CONFIG.with_profile(without_costs())):
-        assert config.warning().startswith("OrthoRank does not know what answers lose")
 
 
 def test_layers_stay_in_the_order_given_and_keeps_are_told_once() -> None:
@@ -279,8 +226,3 @@ def test_a_configuration_survives_the_way_to_a_worker(config: OrthoRankConfig) -
     through_json = OrthoRankConfig.from_dict(json.loads(json.dumps(as_dict)))
     assert through_json == config
     assert all(type(layer) is LayerKeep for layer in through_json.layers)
-
-
-def test_a_cost_is_told_in_one_line() -> None:
-    assert describe(cost(0.01234, copy=0.2)) == "prose 0.012, copy 0.200 nats a token"
-    assert describe(cost(0.0, 0.955)) == "prose 0.000 nats a token; 96% of numbers found"

@@ -24,7 +24,7 @@ ROWS = (
     {"engine"},
     {"metrics", "offline"},
     {"model"},
-    {"attention", "cli", "resolve"},
+    {"attention", "cli", "resolve", "start_lines"},
     {"config", "flops", "profile_store"},
     {"profiles", "selection"},
     {"files"},
@@ -41,6 +41,7 @@ KNOW_NOTHING_OF_VLLM = {
     "profiles",
     "resolve",
     "selection",
+    "start_lines",
 }
 
 

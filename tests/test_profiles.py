@@ -175,3 +175,8 @@ def test_a_file_without_stand_ins_is_named_so(tmp_path: Path, content: bytes) ->
     path.write_bytes(content)
     with pytest.raises(ProfileError, match="it holds no stand-ins"):
         read_stand_in_facts(path)
+
+
+def test_a_cost_is_told_in_one_line() -> None:
+    assert str(Cost({"prose": 0.01234, "copy": 0.2})) == "prose 0.012, copy 0.200 nats a token"
+    assert str(Cost({"prose": 0.0}, 0.955)) == "prose 0.000 nats a token; 96% of numbers found"

@@ -20,7 +20,6 @@ from orthorank_vllm.calibrate.text import (
 )
 from orthorank_vllm.cli.args import add_rule_arguments, parse_count, rule_of
 from orthorank_vllm.compat import cache_root
-from orthorank_vllm.config import describe
 from orthorank_vllm.files import check_writable
 from orthorank_vllm.offline.workers import Workers
 from orthorank_vllm.options import AUTO, OFF, RATIO, STAND_IN, OptionError
@@ -216,7 +215,7 @@ def table(profile: Profile) -> str:
     lines = [f"{'layer':>5}  {'keep':>5}  {'ratio':>5}  expected loss, on held-back text"]
     for entry, ratio in zip(profile.entries, profile.ratios, strict=True):
         cost = entry.held_back or entry.cost
-        told = "" if cost is None else describe(cost)
+        told = "" if cost is None else str(cost)
         lines.append(f"{entry.layer:5}  {entry.keep:5.3g}  {ratio:5.3f}  {told}")
     return "\n".join(lines)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from prometheus_client import Metric
 
 from orthorank_vllm import __version__
-from orthorank_vllm.config import FEW_FOUND, MUCH_LOSS, describe
+from orthorank_vllm.config import FEW_FOUND, MUCH_LOSS
 from orthorank_vllm.doctor.check import Check, failed, ok, warning
 from orthorank_vllm.metrics.status import EngineStatus
 from orthorank_vllm.options import LAYERS, LayerKeep
@@ -128,7 +128,7 @@ def _loss(what: str, engine: EngineStatus) -> Check:
             "Measure it with `orthorank evaluate`, look-ups above all",
         )
     cost = Cost(engine.expected_loss, engine.expected_found)
-    found = describe(cost)
+    found = str(cost)
     if cost.worst > MUCH_LOSS or (cost.found is not None and cost.found < FEW_FOUND):
         return warning(
             what,

@@ -25,6 +25,7 @@ from orthorank_vllm.model.stand_in import FusedStandIn, stand_ins_to_add
 from orthorank_vllm.model.tensor_parallel import is_first_rank
 from orthorank_vllm.options import OptionError
 from orthorank_vllm.selection.plan import Batch, Plan, make_plan, profile_run_batches
+from orthorank_vllm.start_lines import start_up_line, warning
 
 # vLLM shows the log lines of its own namespace only.
 logger = logging.getLogger("vllm.orthorank")
@@ -128,15 +129,15 @@ class SparsePrefill:
         if self._counter is None:
             return
         self._counter.metrics.tell(config)
-        logger.info("%s, attention: %s", config.describe(), self.attention.description)
+        logger.info("%s, attention: %s", start_up_line(config), self.attention.description)
         if self._device.type != "cpu":
             logger.warning(
                 "OrthoRank's path for GPUs has never run on one: before you rely on it, compare "
                 "its outputs and its speed with stock vLLM's (`orthorank doctor`, and in a clone "
                 "`make gpu-check`)."
             )
-        if config.warning():
-            logger.warning("%s", config.warning())
+        if much := warning(config):
+            logger.warning("%s", much)
         if not config.measured:
             logger.warning(
                 "OrthoRank serves less than was asked for, or guessed its layers (%s): %s.",

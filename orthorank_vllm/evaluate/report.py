@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
-from orthorank_vllm.config import describe
 from orthorank_vllm.evaluate.methods import METHODS
 from orthorank_vllm.evaluate.plots import (
     LEAST_KL,
@@ -95,7 +94,7 @@ def _lead(runs: Sequence[Run], prompt_lens: Sequence[int]) -> str:
             cost = Cost({kind: losses[kind].kl for kind in kinds_of(runs, length)}, found)
             sentences.append(
                 f"At ratio {most.ratio:.3f}, answers to prompts of {length} tokens are off the "
-                f"dense model's by {describe(cost)}."
+                f"dense model's by {cost}."
             )
     if most.perplexity is not None:
         dense = dense_of(runs)

@@ -16,6 +16,7 @@ from orthorank_vllm.metrics.recorder import WorkerMetrics
 from orthorank_vllm.metrics.status import as_json, engines_of
 from orthorank_vllm.options import LayerKeep
 from orthorank_vllm.profiles import Cost
+from orthorank_vllm.start_lines import start_up_line
 
 LABELS = {"model_name": "m", "engine": "0"}
 CONFIG = OrthoRankConfig(
@@ -119,8 +120,8 @@ def test_a_server_that_is_not_aligned_tells_so(
     WorkerMetrics(LABELS, range(5)).tell(config)
     [engine] = engines_of(registry.collect())
     assert engine.is_aligned is False
-    assert "not aligned" in config.describe()
-    assert "aligned" not in CONFIG.describe()
+    assert "not aligned" in start_up_line(config)
+    assert "aligned" not in start_up_line(CONFIG)
 
 
 def test_guessed_layers_are_told_by_a_label(registry: CollectorRegistry) -> None:
