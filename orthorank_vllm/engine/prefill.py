@@ -12,7 +12,6 @@ from vllm.sequence import IntermediateTensors
 
 from orthorank_vllm.attention.backend import choose_backend
 from orthorank_vllm.config import OrthoRankConfig
-from orthorank_vllm.engine.batches import ShadowStep
 from orthorank_vllm.engine.shadow_rows import ShadowRows
 from orthorank_vllm.engine.step_stats import Seconds, StepCounter
 from orthorank_vllm.engine.unsupported import check_supported
@@ -79,7 +78,6 @@ class SparsePrefill:
         self._counter = StepCounter.of(vllm_config, self._decoder) if is_first_rank() else None
         self._outcome: Outcome | None = None
         self.shadow_rows: ShadowRows | None = None
-        self._rerun_tokens = 0
         self.is_paused = self.needs_warm_up = self.has_run = False
         # There vLLM sizes its KV cache by the memory that its first forward takes.
         self._needs_profile_run = self._device.type == "cuda"
@@ -131,13 +129,11 @@ class SparsePrefill:
             dtype=self._dtype,
             device=self._device,
         )
-        if self._counter is not None:
-            self._counter.metrics.tell(config)
-        self.shadow_rows = None
-        if config.shadow:
-            counter = self._counter
-            self.shadow_rows = ShadowRows(None if counter is None else counter.metrics.shadow)
-        if self._counter is None:
+        metrics = self._counter and self._counter.metrics
+        if metrics is not None:
+            metrics.tell(config)
+        self.shadow_rows = ShadowRows(metrics and metrics.shadow) if config.shadow else None
+        if metrics is None:
             return
         logger.info("%s, attention: %s", config.describe(), self.attention.description)
         if self._device.type != "cpu":
@@ -288,12 +284,6 @@ class SparsePrefill:
         if self.attention.compile is not None:
             self.needs_warm_up = not self.attention.compile(self._dtype)
 
-    def expect(self, step: ShadowStep) -> None:
-        """Say which rows of the next forward are compared, where `shadow_rows` are."""
-        if self.shadow_rows is not None:
-            self.shadow_rows.expect({} if self.is_paused else step.ends)
-            self._rerun_tokens = step.rerun_tokens
-
     def count(self, batch: Batch | None, plan: Plan | None, seconds: Seconds) -> None:
         """Count one step and this stage's part of its token updates, after its forward.
 
@@ -306,8 +296,7 @@ class SparsePrefill:
         if self._counter is not None:
             self._counter.count(batch, plan, outcome, seconds)
         if self.shadow_rows is not None:
-            self.shadow_rows.count(self._rerun_tokens)
-            self._rerun_tokens = 0
+            self.shadow_rows.count()
 
     def weights_changed(self, fingerprint: Fingerprint | None = None) -> None:
         """Forget what was made of the weights: to be called whenever there are others.

@@ -34,7 +34,7 @@ def with_plan(model_forward: Callable[..., Any]) -> Callable[..., Any]:
         plan = None if batch is None or is_replayed else orthorank.plan(batch)
         planned = time.perf_counter()
         if batch is not None and not is_replayed and orthorank.shadow_rows is not None:
-            orthorank.expect(shadow_step_of_v1(self, batch, orthorank.config))
+            orthorank.shadow_rows.expect(shadow_step_of_v1(self, batch, orthorank.config))
         if plan is not None:
             model_kwargs["orthorank_plan"] = plan
         output = model_forward(self, *args, **model_kwargs)

@@ -60,7 +60,7 @@ class OrthoRankModelState(DefaultModelState):
         plan = None if self._is_replayed else self._orthorank.plan(batch)
         self._running = _Running(batch, plan, started, time.perf_counter())
         if self._orthorank.shadow_rows is not None and not self._is_replayed:
-            self._orthorank.expect(shadow_step_of_v2(input_batch, batch, self._facts))
+            self._orthorank.shadow_rows.expect(shadow_step_of_v2(input_batch, batch, self._facts))
         return inputs if plan is None else {**inputs, "orthorank_plan": plan}
 
     def postprocess_state(self, *args: Any, **kwargs: Any) -> None:

@@ -7,11 +7,12 @@ grammar.
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from orthorank_vllm.engine.batches import ShadowStep
 from orthorank_vllm.engine.shadow import Shadow
 from orthorank_vllm.metrics.definitions import FAILED
 from orthorank_vllm.metrics.shadow import ShadowMetrics
@@ -22,6 +23,7 @@ logger = logging.getLogger("vllm.orthorank")
 # Of prompts whose re-run has not come; the oldest go first. The scheduler keeps fewer, less long.
 MOST_ROWS = 64
 MOST_SECONDS = 300.0
+_NOTHING = ShadowStep({}, 0)
 
 
 def compare(logits: torch.Tensor) -> torch.Tensor:
@@ -46,14 +48,16 @@ class ShadowRows:
             metrics: None in a rank that does not count.
         """
         self._metrics = metrics
-        self._expected: Mapping[int, Shadow] = {}
+        self._expected = _NOTHING
+        self._rerun_tokens = 0
         self._kept: dict[str, tuple[float, torch.Tensor]] = {}
         self._results: list[tuple[torch.Tensor, Any]] = []
         self._has_warned = False
 
-    def expect(self, ends: Mapping[int, Shadow]) -> None:
+    def expect(self, step: ShadowStep) -> None:
         """Say which rows of the next forward are a prompt's last, and whose."""
-        self._expected = ends
+        self._expected = step
+        self._rerun_tokens += step.rerun_tokens
 
     def forget(self) -> None:
         """Drop all rows: the weights that made them are gone."""
@@ -66,8 +70,8 @@ class ShadowRows:
             states: [tokens, hidden] final normalised states.
             compute_logits: the model's; every rank has to call it.
         """
-        expected, self._expected = self._expected, {}
-        for row, shadow in expected.items():
+        expected, self._expected = self._expected, _NOTHING
+        for row, shadow in expected.ends.items():
             try:
                 self._see(states[row], shadow, compute_logits)
             except Exception as error:
@@ -93,16 +97,13 @@ class ShadowRows:
     def _oldest(self) -> float:
         return next(iter(self._kept.values()))[0]
 
-    def count(self, rerun_tokens: int) -> None:
-        """Count what has arrived, without waiting for the rest, which a later step counts.
-
-        Args:
-            rerun_tokens: of re-runs that this step computed.
-        """
+    def count(self) -> None:
+        """Count what has arrived, without waiting for the rest, which a later step counts."""
+        tokens, self._rerun_tokens = self._rerun_tokens, 0
         if self._metrics is None:
             return
-        if rerun_tokens:
-            self._metrics.count_tokens(rerun_tokens)
+        if tokens:
+            self._metrics.count_tokens(tokens)
         while self._results and self._results[0][1].query():
             kl, agrees = self._results.pop(0)[0].tolist()
             # Counts that are no numbers would end all of them.

@@ -159,7 +159,7 @@ class ShadowRuns:
 
     def _watch(self, request: Any) -> None:
         # Of a prompt that comes in parts none is the whole, and its last one is no request.
-        is_whole = not request.resumable and request.prompt_token_ids is not None
+        is_whole = not getattr(request, "resumable", False) and request.prompt_token_ids is not None
         if not is_whole or self._scheduler.requests.get(request.request_id) is not request:
             return
         if shadow_of(

@@ -234,14 +234,10 @@ class Recorder:
         self.needs_model_state = True
         self.config = CONFIG
         self.shadow_rows: Any = None
-        self.expected: list[ShadowStep] = []
         self.counted: list[tuple[Batch, Any]] = []
 
     def plan(self, batch: Batch) -> Any:
         return make_plan(batch, KEEPS, WINDOW, TAIL)
-
-    def expect(self, step: ShadowStep) -> None:
-        self.expected.append(step)
 
     def count(self, batch: Batch, plan: Any, seconds: Seconds) -> None:
         assert min(seconds.plan, seconds.forward) > 0
@@ -315,14 +311,15 @@ def test_a_step_says_which_rows_are_compared_unless_it_is_replayed(
     state: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model is not run then, and the next forward's rows are others."""
-    state._orthorank.shadow_rows = object()
+    expected: list[ShadowStep] = []
+    state._orthorank.shadow_rows = SimpleNamespace(expect=expected.append)
     step = Step(STEPS["decoding beside a chunk and a prompt's end"][0])
     step.facts.shadow[0] = Shadow("a", is_rerun=True)
     step.facts.shadow[2] = step.facts.shadow[7] = Shadow("b", is_rerun=False)
     stage(state, step, True, monkeypatch)
-    assert state._orthorank.expected == []
+    assert expected == []
     stage(state, step, False, monkeypatch)
-    assert state._orthorank.expected == [ShadowStep({251: Shadow("b", False)}, 200)]
+    assert expected == [ShadowStep({251: Shadow("b", False)}, 200)]
 
 
 def test_a_requests_part_in_a_comparison_is_known_from_its_beginning() -> None:

@@ -103,9 +103,9 @@ class Told:
 
 
 def seen(rows: ShadowRows, shadow: Shadow, state: list[float]) -> None:
-    rows.expect({1: shadow})
+    rows.expect(ShadowStep({1: shadow}, 0))
     rows.see(torch.tensor([[math.nan] * 3, state]), lambda states: states)
-    rows.count(0)
+    rows.count()
 
 
 def test_a_prompt_is_compared_with_its_own_rerun_once() -> None:
@@ -130,7 +130,7 @@ def test_every_rank_computes_the_logits_whether_or_not_it_has_the_row() -> None:
     """Break seen: a rank without it passed them over, and the others waited."""
     asked: list[int] = []
     for rows in (ShadowRows(None), ShadowRows(None)):
-        rows.expect({0: Shadow("a", True)})
+        rows.expect(ShadowStep({0: Shadow("a", True)}, 0))
         rows.see(torch.zeros(1, 3), lambda states: asked.append(len(states)))
     assert asked == [2, 2]
 

@@ -31,11 +31,11 @@ from vllm import SamplingParams
 from orthorank_vllm.engine import shadow_rows, shadow_runs
 from orthorank_vllm.metrics.collector import orthorank_metrics
 from tests.support.replay import Engine, Job
-path, rule = arguments
+path, rule, options = arguments
 engine = Engine(
     path, enforce_eager=True, skip_tokenizer_init=True, max_model_len=512, max_num_seqs=4,
     block_size=32, num_gpu_blocks_override=20, max_logprobs=512,
-    additional_config={"orthorank": rule},
+    additional_config={"orthorank": rule}, **options,
 )
 scheduler = engine.scheduler
 draw = random.Random(0)
@@ -116,6 +116,8 @@ drain()
 result["tails"] = told("comparisons_total") - before
 
 # In a crowd: when a step has a part of a re-run.
+# Without regard for the time.
+shadow_runs.RETRY_SECONDS = 0.0
 steps = []
 inner = scheduler.schedule
 def seen(*args, **kwargs):
@@ -181,6 +183,15 @@ answer(result)
 """
 )
 
+RANKS = (
+    COMMON
+    + """
+prompt = words(120)
+ours = whole(prompt, None)
+left = drain()
+answer([ours, whole(prompt, 0.0), told("kl_sum"), told("comparisons_total"), left])
+"""
+)
 PLAIN = COMMON + "answer([crowd(), drain(), told('comparisons_total')])"
 
 
@@ -192,19 +203,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def shadowed(folder: str) -> Any:
-    return Script(SHADOWED, folder, RULE).answer
+    return Script(SHADOWED, folder, RULE, {}).answer
 
 
 @pytest.fixture(scope="module")
 def plain(folder: str) -> Any:
-    return Script(PLAIN, folder, {**RULE, "shadow": 0}).answer
+    return Script(PLAIN, folder, {**RULE, "shadow": 0}, {}).answer
+
+
+def divergence(ours: list[float], dense: list[float]) -> float:
+    """KL(dense || OrthoRank), of log-probabilities."""
+    return sum(math.exp(q) * (q - p) for p, q in zip(ours, dense, strict=True))
 
 
 def test_the_divergence_is_that_of_the_two_requests_whoever_asks_for_them(shadowed: Any) -> None:
     """From the prefix cache and at other ratios too; each prompt once."""
     for ours, dense, (kl, compared, agreed), _ in shadowed["pairs"]:
-        expected = sum(math.exp(q) * (q - p) for p, q in zip(ours, dense, strict=True))
-        assert kl == pytest.approx(expected, abs=1e-4)
+        assert kl == pytest.approx(divergence(ours, dense), abs=1e-4)
         assert compared == 1
         assert agreed == (ours.index(max(ours)) == dense.index(max(dense)))
     assert max(kl for _, _, (kl, *_), _ in shadowed["pairs"]) > 100 * 1e-4, "layers too dull"
@@ -269,3 +284,14 @@ def test_an_error_in_it_is_counted_and_answers_go_on(shadowed: Any) -> None:
         assert count == 1
         assert difference < TOLERANCE
     assert shadowed["after"] == 0
+
+
+def test_two_ranks_compare_together_and_count_once(folder: str) -> None:
+    options = {"tensor_parallel_size": 2}
+    ours, dense, kl, compared, left = Script(
+        *(RANKS, folder, RULE, options), OMP_NUM_THREADS="1"
+    ).answer
+    assert kl == pytest.approx(divergence(ours, dense), abs=1e-4)
+    assert kl > 1e-3
+    assert compared == 1
+    assert left == [0, 0, 0.0]

@@ -30,7 +30,8 @@ def server(small_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> I
     folder = tmp_path_factory.mktemp("server")
     options = ["--orthorank-layers", "4:0,1:1/3,3:1/4", "--orthorank-ratio", "0.3"]
     options += ["--orthorank-max-ratio", "0.4", "--orthorank-shadow", "0.3", "--enforce-eager"]
-    options += ["--max-model-len", "512", "--num-gpu-blocks-override", "12", "--max-num-seqs", "16"]
+    options += ["--max-model-len", "512", "--max-num-seqs", "16"]
+    options += ["--block-size", "32", "--num-gpu-blocks-override", "24"]
     with serving(small_model_path, folder, *options) as running:
         yield running
 
@@ -48,13 +49,13 @@ def test_nothing_is_left_of_a_mixed_load_and_answers_are_those_of_requests_alone
     done = soak(
         server,
         *("--seconds", str(SECONDS), "--pid", str(server.process.pid)),
-        *("--compare", "60", "--growth", "64"),
+        *("--clients", "12", "--compare", "40", "--growth", "64"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert told["failed"] == told["errors"] == []
     assert len(told["requests"]) == 4
-    assert told["alone"]["compared"] >= 30
+    assert told["alone"]["compared"] >= 10
     assert told["alone"]["wrong"] == 0
     assert told["preemptions"] > 0, "the KV cache was never full"
     assert len(told["private_mb"]) == 3
