@@ -45,6 +45,7 @@ class OrthoRankConfig:
         layers: in the profile's order; may be none. Those of the largest ratio.
         first_layers: how many of them, the first ones, a request has that asks for nothing; None:
             all.
+        shadow: the share of prompts that are computed once more, densely, to compare.
         to_choose: the layers are still to be chosen when the weights are loaded.
         measured_on: fingerprint of the weights that `layers` were measured on; empty
             where nothing was measured, or it is not known.
@@ -71,6 +72,7 @@ class OrthoRankConfig:
     to_choose: bool = False
     calibrate_seconds: float = 0.0
     attention: str = "auto"
+    shadow: float = 0.0
     measured_on: str = ""
     expected: Cost | None = None
     advised: float | None = None

@@ -64,7 +64,12 @@ class OptionError(ValueError):
     def of_value(self) -> str:
         """The line after the option's name."""
         # A value may have lines of its own.
-        return f"{' '.join(str(self.value).split())}: not allowed, {self.allowed}"
+        try:
+            value = " ".join(str(self.value).split())
+        except ValueError:
+            # Of whole numbers with more than some thousand digits.
+            value = "(so large a number)"
+        return f"{value}: not allowed, {self.allowed}"
 
 
 @dataclass(frozen=True)
@@ -241,12 +246,20 @@ ATTENTION = Option(
     f"give one of {', '.join(ATTENTION_BACKENDS)}",
     "auto",
 )
+SHADOW = Option(
+    "shadow",
+    "Fraction of the prompts to compute once more, densely, when no request waits, so that the "
+    "metrics orthorank_shadow_* tell what answers lose by it, from 0 to 1 (default: 0, none).",
+    _number,
+    lambda number: 0 <= number <= 1,
+    "give a number from 0 (none) to 1 (every prompt)",
+)
 ENDPOINT = Option(
     "endpoint", "Let the server answer GET /orthorank: what it runs and has counted, as JSON."
 )
 OPTIONS = (
     *(RATIO, MAX_RATIO, MAX_LOSS, KEEP, WINDOW, TAIL, ALIGNED, STAND_IN, LAYERS),
-    *(PROFILE, CALIBRATE_SECONDS, ATTENTION, ENDPOINT),
+    *(PROFILE, CALIBRATE_SECONDS, ATTENTION, SHADOW, ENDPOINT),
 )
 OFFLINE = {option.name: option for option in OPTIONS if option.read is not None}
 
@@ -282,6 +295,7 @@ class Options:
     profile: str | None
     calibrate_seconds: float
     attention: str
+    shadow: float | None
 
     @classmethod
     def from_mapping(cls, given: object) -> "Options":

@@ -155,12 +155,14 @@ def _calibrate_at_start() -> None:
 def _limit_the_prefix_cache() -> None:
     # Why: a prompt's tail may lie in blocks that a longer prompt filled without computing those
     # rows, or one of another ratio, and vLLM has no interface for how far a prompt may be reused,
-    # or left for others; nor for what a KV connector's store knows blocks by.
+    # or left for others; nor for what a KV connector's store knows blocks by; nor for work of the
+    # engine's own when nothing else is to be done.
     # Breaks on: a scheduler that looks its requests up elsewhere (other classes are refused).
     from vllm.v1.core.sched.scheduler import Scheduler
 
     from orthorank_vllm.config import OrthoRankConfig
     from orthorank_vllm.engine.prefix_cache import keep_ratios_apart, keep_tails_out
+    from orthorank_vllm.engine.shadow_runs import add_reruns
     from orthorank_vllm.engine.stores import keep_apart
 
     original = Scheduler.__init__
@@ -174,6 +176,7 @@ def _limit_the_prefix_cache() -> None:
             # In this order: what stores know a block by is made of hashes that tell ratios apart.
             keep_apart(self, config)
             keep_ratios_apart(self, config)
+            add_reruns(self, config)
 
     Scheduler.__init__ = __init__
 

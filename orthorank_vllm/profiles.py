@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any, NamedTuple
 
 from orthorank_vllm.files import write_whole
@@ -18,6 +19,7 @@ from orthorank_vllm.options import LayerKeep
 
 FORMAT = 5
 MOST_HEADER = 10_000_000
+MOST_MESSAGE = 200
 SHAPE_KEYS = (
     "hidden_size",
     "intermediate_size",
@@ -250,12 +252,24 @@ def read_profile(path: str | Path) -> Profile:
         ProfileError: missing, not JSON, or not a profile.
     """
     try:
-        content = json.loads(Path(path).read_text())
+        content = _loaded(Path(path).read_bytes())
     except OSError as error:
         raise ProfileError(f"it cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise ProfileError(f"it is not JSON ({error})") from None
     return from_json(content, Path(path))
+
+
+def _loaded(text: bytes) -> Any:
+    """What JSON says; a `ValueError` also for what only Python's says, NaN, and for depths."""
+
+    def no_json(constant: str) -> None:
+        raise ValueError(f"{constant} is no number")
+
+    try:
+        return json.loads(text, parse_constant=no_json)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def stand_ins_beside(path: Path) -> Path:
@@ -273,13 +287,15 @@ def read_stand_in_facts(path: str | Path) -> dict[str, str]:
         with Path(path).open("rb") as file:
             # How safetensors begin: the length of what follows, then JSON.
             (length,) = struct.unpack("<Q", file.read(8))
-            content = json.loads(file.read(min(length, MOST_HEADER)))
+            content = _loaded(file.read(min(length, MOST_HEADER)))
         facts = dict(content["__metadata__"])
-        float(facts["share"]), facts["model"]
+        if not 0 <= float(facts["share"]) < 1:
+            raise ValueError
+        facts["model"]
         return facts
     except OSError as error:
         raise ProfileError(f"it cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, struct.error):
+    except (ValueError, KeyError, TypeError, OverflowError, struct.error):
         raise ProfileError(
             "it holds no stand-ins; give one that `orthorank calibrate` made, NAME.safetensors "
             "beside NAME.json"
@@ -346,14 +362,19 @@ def from_json(content: Any, path: Path) -> Profile:
         raise ProfileError("it is not an OrthoRank profile")
     if content["format"] != FORMAT:
         raise ProfileError(
-            f"its format is {content['format']!r} and this orthorank-vllm reads {FORMAT}; "
+            f"its format is {shortened(content['format'])} and this orthorank-vllm reads {FORMAT}; "
             "measure it anew with `orthorank calibrate`"
         )
     schema = json.loads((resources.files("orthorank_vllm") / "profile.schema.json").read_text())
     error = best_match(Draft202012Validator(schema).iter_errors(content))
     if error is not None:
         where = "".join(f"[{part!r}]" for part in error.absolute_path)
-        raise ProfileError(f"it is not a valid profile: {where} {error.message}".replace("  ", " "))
+        message = error.message
+        if len(message) > MOST_MESSAGE:
+            # It begins with what was found, however much that is, and ends with what is wrong.
+            half = MOST_MESSAGE // 2
+            message = f"{message[:half]} … {message[-half:]}"
+        raise ProfileError(f"it is not a valid profile: {where} {message}".replace("  ", " "))
     num_layers = content["model"]["num_hidden_layers"]
     layers = [entry["layer"] for entry in content["entries"]]
     if any(layer >= num_layers for layer in layers) or len(set(layers)) < len(layers):

@@ -68,6 +68,7 @@ def resolve(
         wants_stand_in=options.stand_in != OFF,
         num_layers=num_layers,
         attention=options.attention,
+        shadow=options.shadow or 0.0,
     )
     if options.stand_in not in (AUTO, OFF):
         config = _with_given_stand_in(config, options.stand_in, model)

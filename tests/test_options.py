@@ -6,7 +6,10 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
+from orthorank_vllm.engine.flags import joined_lists
 from orthorank_vllm.options import (
     DEFAULT_KEEP,
     LAYERS,
@@ -20,6 +23,7 @@ from orthorank_vllm.options import (
     at_most,
 )
 from tests.conftest import ROOT
+from tests.support.hostile import JSON, NUMBERS
 
 
 def readme_rows() -> list[list[str]]:
@@ -183,8 +187,8 @@ def test_layers_may_be_written_in_many_ways(given: object) -> None:
 
 
 def test_a_layer_without_a_keep_has_the_one_by_hand_or_the_papers() -> None:
-    for given, keep in (({}, DEFAULT_KEEP), ({"keep": 0.5}, 0.5)):
-        options = Options.from_mapping({"layers": "7,3:0", **given})
+    for more, keep in (({}, DEFAULT_KEEP), ({"keep": 0.5}, 0.5)):
+        options = Options.from_mapping({"layers": "7,3:0", **more})
         assert options.layer_keeps == (LayerKeep(7, keep), LayerKeep(3, 0.0))
 
 
@@ -214,3 +218,57 @@ def test_layers_by_hand_stay_the_default_where_requests_may_ask() -> None:
     options = Options.from_mapping({"layers": [3, 4], "max_ratio": 0.3})
     assert options.is_active
     assert options.ratio is None
+
+
+def written(number: float) -> str:
+    """As on a command line."""
+    try:
+        return str(number)
+    except ValueError:
+        return "9" * 5000
+
+
+def test_at_ratio_0_the_rest_changes_nothing() -> None:
+    """Nothing is compared either: the engine is stock vLLM."""
+    assert not Options.from_mapping({"ratio": 0, "shadow": 1}).is_active
+    assert Options.from_mapping({"ratio": 0, "max_ratio": 0.3, "shadow": 1}).is_active
+
+
+def check_told(error: OptionError) -> None:
+    """In one line, however long what was given is."""
+    assert len(str(error).splitlines()) == 1
+
+
+KEYS = st.sampled_from(sorted(OFFLINE)) | st.text(max_size=9)
+
+
+@given(made=st.dictionaries(KEYS, JSON, max_size=4))
+@example(made={"ratio": 0.3, "layers": "9" * 5000})
+def test_any_options_are_taken_or_refused_in_one_line(made: dict[str, Any]) -> None:
+    try:
+        assert Options.from_mapping(made).is_active in (True, False)
+    except OptionError as error:
+        check_told(error)
+
+
+def test_a_number_that_python_does_not_write_is_refused_like_any_other() -> None:
+    """Break seen: an error about digits, by more than 4300 of them."""
+    for value in (10**5000, [10**5000]):
+        with pytest.raises(OptionError, match=r"--orthorank-ratio \(so large a number\): not"):
+            Options.from_mapping({"ratio": value})
+
+
+@given(option=st.sampled_from(list(OFFLINE.values())), text=st.text() | NUMBERS.map(written))
+def test_any_word_of_a_command_line_is_taken_or_refused_in_one_line(
+    option: Option, text: str
+) -> None:
+    try:
+        option.parse(text)
+    except OptionError as error:
+        check_told(error)
+
+
+@given(words=st.lists(st.text(max_size=12) | st.sampled_from([o.flag for o in OPTIONS])))
+def test_any_words_of_a_configuration_file_are_kept(words: list[str]) -> None:
+    """In their order, joined or not."""
+    assert re.split("[=,]", ",".join(joined_lists(words))) == re.split("[=,]", ",".join(words))

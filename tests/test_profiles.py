@@ -4,12 +4,17 @@ import errno
 import hashlib
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from orthorank_vllm.config import OrthoRankConfig
+from orthorank_vllm.options import OptionError
 from orthorank_vllm.profiles import (
     Cost,
     Entry,
@@ -19,6 +24,8 @@ from orthorank_vllm.profiles import (
     read_profile,
     read_stand_in_facts,
 )
+from orthorank_vllm.start_lines import start_up_line, warning
+from tests.support.hostile import check_one_line, damaged, replaced
 from tests.support.profiles import (
     SHAPE,
     profile_of,
@@ -180,3 +187,79 @@ def test_a_file_without_stand_ins_is_named_so(tmp_path: Path, content: bytes) ->
 def test_a_cost_is_told_in_one_line() -> None:
     assert str(Cost({"prose": 0.01234, "copy": 0.2})) == "prose 0.012, copy 0.200 nats a token"
     assert str(Cost({"prose": 0.0}, 0.955)) == "prose 0.000 nats a token; 96% of numbers found"
+
+
+CONFIG = OrthoRankConfig(ratio_asked=0.05, window=128, tail=64, num_layers=30, wants_stand_in=True)
+IN_ONE_FOLDER = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def uses(path: Path) -> None:
+    """What a start does with a profile; only errors that are told in one line pass."""
+    try:
+        profile = read_profile(path)
+        profile.check_fits(model_shape(smollm2()))
+        profile.check_stand_in()
+        for config in (CONFIG, replace(CONFIG, ratio_asked=None, max_loss=0.02)):
+            config = config.with_profile(profile)
+            assert start_up_line(config) + warning(config)
+            OrthoRankConfig.from_dict(json.loads(json.dumps(config.as_dict())))
+            assert 0 <= config.ratio < 1
+    except (ProfileError, OptionError) as error:
+        check_one_line(error)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A profile with all that there can be, and its stand-ins."""
+    path = with_stand_ins(tmp_path_factory.mktemp("profile"))
+    cost = Cost({"prose": 0.01, "copy": 0.2}, found=0.95)
+    entries = Entry(4, 0.0, cost, cost), Entry(2, 1 / 3, cost)
+    replace(read_profile(path), entries=entries, alone=({"prose": 0.01},)).write(path)
+    return path
+
+
+@IN_ONE_FOLDER
+@given(data=st.data())
+def test_a_profile_that_is_cut_or_hit_by_a_bit_flip_is_used_or_refused_in_one_line(
+    whole: Path, data: st.DataObject
+) -> None:
+    """Breaks seen: NaN taken for a keep, and brackets without end."""
+    path = whole.with_name("broken.json")
+    path.write_bytes(data.draw(damaged(whole.read_bytes())))
+    path.with_suffix(".safetensors").write_bytes(whole.with_suffix(".safetensors").read_bytes())
+    uses(path)
+
+
+@IN_ONE_FOLDER
+@given(data=st.data())
+def test_a_profile_with_anything_in_any_place_is_used_or_refused_in_one_line(
+    whole: Path, data: st.DataObject
+) -> None:
+    path = whole.with_name("other.json")
+    try:
+        path.write_text(json.dumps(data.draw(replaced(json.loads(whole.read_text())))))
+    except ValueError:
+        # Whole numbers that Python would not write either.
+        return
+    path.with_suffix(".safetensors").write_bytes(whole.with_suffix(".safetensors").read_bytes())
+    uses(path)
+
+
+@IN_ONE_FOLDER
+@given(data=st.data())
+def test_what_a_broken_file_of_stand_ins_says_of_itself_can_be_counted_with_or_is_refused(
+    whole: Path, data: st.DataObject
+) -> None:
+    """Break seen: a share that is no number, and so a ratio that is none."""
+    path = whole.with_name("broken.safetensors")
+    facts = {"model": config_hash(smollm2()), "share": "0.02"}
+    told = data.draw(replaced({"__metadata__": facts}) | st.just({"__metadata__": facts}))
+    try:
+        header = json.dumps(told).encode()
+    except ValueError:
+        return
+    path.write_bytes(data.draw(damaged(struct.pack("<Q", len(header)) + header)))
+    try:
+        assert 0 <= float(read_stand_in_facts(path)["share"]) < 1
+    except ProfileError as error:
+        check_one_line(error)

@@ -3,14 +3,44 @@
 Apart from `runner_v2`, whose imports need a GPU.
 """
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.engine.request_ratio import num_selective
+from orthorank_vllm.engine.shadow import Shadow, shadow_of
 from orthorank_vllm.selection.plan import Batch, Ints
+
+
+class ShadowStep(NamedTuple):
+    """What one forward has of requests that are compared with a dense re-run.
+
+    Attributes:
+        ends: rows that are the last of such a prompt.
+        rerun_tokens: prompt tokens of re-runs.
+    """
+
+    ends: dict[int, Shadow]
+    rerun_tokens: int
+
+    @classmethod
+    def of(cls, batch: Batch, shadows: Iterable[tuple[int, Shadow | None]]) -> "ShadowStep":
+        """One step's, by the index of each request that may have a part in it."""
+        first_row = np.cumsum(batch.query_len) - batch.query_len
+        last_row = first_row + batch.prompt_len - 1 - batch.num_computed
+        ends: dict[int, Shadow] = {}
+        rerun_tokens = 0
+        for index, shadow in shadows:
+            if shadow is None or not batch.prompt_tokens[index]:
+                continue
+            if shadow.is_rerun:
+                rerun_tokens += int(batch.prompt_tokens[index])
+            if last_row[index] < first_row[index] + batch.query_len[index]:
+                ends[int(last_row[index])] = shadow
+        return cls(ends, rerun_tokens)
 
 
 class RequestFacts:
@@ -20,12 +50,14 @@ class RequestFacts:
         first_token: [slots] token id at position 0.
         wants_prompt: [slots] whether its prompt's log-probabilities were asked for.
         num_selective: [slots] in how many layers tokens of its prompt are skipped.
+        shadow: its part in a comparison.
     """
 
     def __init__(self, slots: int) -> None:
         self.first_token: Ints = np.zeros(slots, dtype=np.int64)
         self.wants_prompt: npt.NDArray[np.bool_] = np.zeros(slots, dtype=np.bool_)
         self.num_selective: Ints = np.zeros(slots, dtype=np.int64)
+        self.shadow: list[Shadow | None] = [None] * slots
 
     def add(self, slot: int, request: Any, config: OrthoRankConfig) -> None:
         """Note the prompt of a request that begins.
@@ -38,6 +70,8 @@ class RequestFacts:
         params = request.sampling_params
         self.wants_prompt[slot] = params is not None and params.prompt_logprobs is not None
         self.num_selective[slot] = num_selective(config, params)
+        prompt_len = len(request.prompt_token_ids)
+        self.shadow[slot] = shadow_of(config, request.req_id, params, prompt_len)
 
 
 def batch_of_v2(inputs: Any, states: Any, facts: RequestFacts) -> Batch | None:
@@ -91,3 +125,30 @@ def batch_of_v1(runner: Any, config: OrthoRankConfig) -> Batch | None:
         wants_all_rows=bool(runner.num_prompt_logprobs),
         num_selective=selective,
     )
+
+
+def shadow_step_of_v2(inputs: Any, batch: Batch, facts: RequestFacts) -> ShadowStep:
+    """What a step has of prompts that are compared.
+
+    Args:
+        inputs: vLLM's `InputBatch`.
+        batch: what `batch_of_v2` made of it.
+    """
+    slots = inputs.idx_mapping_np.tolist()
+    return ShadowStep.of(batch, ((index, facts.shadow[slot]) for index, slot in enumerate(slots)))
+
+
+def shadow_step_of_v1(runner: Any, batch: Batch, config: OrthoRankConfig) -> ShadowStep:
+    """What a step has of prompts that are compared.
+
+    Args:
+        batch: what `batch_of_v1` made of it.
+    """
+    names = runner.input_batch.req_ids
+
+    def shadow(index: int) -> Shadow | None:
+        params = runner.requests[names[index]].sampling_params
+        return shadow_of(config, names[index], params, int(batch.prompt_len[index]))
+
+    in_prompt = np.flatnonzero(batch.prompt_tokens).tolist()
+    return ShadowStep.of(batch, ((index, shadow(index)) for index in in_prompt))

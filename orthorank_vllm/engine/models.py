@@ -4,7 +4,7 @@ Those that serve take a plan in their forward. `*ForCausalLM.forward` is plain P
 compiled model (vllm/model_executor/models/llama.py), so the choice of the path is made here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class OrthoRankForCausalLM(MeasuredForCausalLM):
     """Put before a stock class: without a plan that one's forward, with one the sparse one."""
 
     model: Any
+    compute_logits: Callable[[torch.Tensor], torch.Tensor | None]
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
@@ -60,8 +61,13 @@ class OrthoRankForCausalLM(MeasuredForCausalLM):
             states: torch.Tensor | IntermediateTensors = stock.forward(
                 input_ids, positions, intermediate_tensors, inputs_embeds
             )
-            return states
-        return self.orthorank.forward(orthorank_plan, input_ids, positions, intermediate_tensors)
+        else:
+            states = self.orthorank.forward(
+                orthorank_plan, input_ids, positions, intermediate_tensors
+            )
+        if self.orthorank.shadow_rows is not None:
+            self.orthorank.shadow_rows.see(states, self.compute_logits)
+        return states
 
     @staticmethod
     def get_model_state_cls() -> type:

@@ -12,6 +12,7 @@ from vllm.sequence import IntermediateTensors
 
 from orthorank_vllm.attention.backend import choose_backend
 from orthorank_vllm.config import OrthoRankConfig
+from orthorank_vllm.engine.shadow_rows import ShadowRows
 from orthorank_vllm.engine.step_stats import Seconds, StepCounter
 from orthorank_vllm.engine.unsupported import check_supported
 from orthorank_vllm.engine.weights import Renewal
@@ -43,6 +44,8 @@ class SparsePrefill:
             engine; may be changed between forwards.
         needs_warm_up: the attention's kernels are not compiled yet.
         has_run: the model has, so that its first weights are complete.
+        shadow_rows: what prompts that are computed once more, densely, are compared by; None where
+            none are.
         needs_model_state: Model Runner V2 has not yet asked for the model's state, which brings
             it the plans.
     """
@@ -75,6 +78,7 @@ class SparsePrefill:
         # The ranks compute the same tokens: one of them counts.
         self._counter = StepCounter.of(vllm_config, self._decoder) if is_first_rank() else None
         self._outcome: Outcome | None = None
+        self.shadow_rows: ShadowRows | None = None
         self.is_paused = self.needs_warm_up = self.has_run = False
         # There vLLM sizes its KV cache by the memory that its first forward takes.
         self._needs_profile_run = self._device.type == "cuda"
@@ -126,9 +130,13 @@ class SparsePrefill:
             dtype=self._dtype,
             device=self._device,
         )
-        if self._counter is None:
+        metrics = None if self._counter is None else self._counter.metrics
+        if metrics is not None:
+            metrics.tell(config)
+        shadow_metrics = None if metrics is None else metrics.shadow
+        self.shadow_rows = ShadowRows(shadow_metrics) if config.shadow else None
+        if metrics is None:
             return
-        self._counter.metrics.tell(config)
         logger.info("%s, attention: %s", start_up_line(config), self.attention.description)
         if self._device.type != "cpu":
             logger.warning(
@@ -289,6 +297,8 @@ class SparsePrefill:
             raise RuntimeError("OrthoRank made a plan and the model ran without it")
         if self._counter is not None:
             self._counter.count(batch, plan, outcome, seconds)
+        if self.shadow_rows is not None:
+            self.shadow_rows.count()
 
     def weights_changed(self, fingerprint: Fingerprint | None = None) -> None:
         """Forget what was made of the weights: to be called whenever there are others.
@@ -298,6 +308,8 @@ class SparsePrefill:
         """
         if not self.config.to_choose:
             self._sinks.clear()
+        if self.shadow_rows is not None:
+            self.shadow_rows.forget()
         if fingerprint is not None and self.has_run:
             self._renewal.note(fingerprint)
 

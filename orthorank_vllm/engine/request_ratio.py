@@ -61,7 +61,7 @@ def check_ratio(
         allowed = f"give a number from 0 to {at_most(most)}, this server's {MAX_RATIO.flag}"
         if not most:
             allowed = "OrthoRank is off in this server: give 0, or leave it out"
-        raise RequestError(f"{KEY} {shortened(asked)}: not allowed, {allowed}")
+        raise RequestError(f"{KEY} {_told(asked)}: not allowed, {allowed}")
     if is_session:
         raise RequestError(
             f"{KEY} {asked}: not possible for a prompt that comes in parts, leave it out"
@@ -70,6 +70,14 @@ def check_ratio(
         raise RequestError(
             f"{KEY} {asked}: not possible in a server with --kv-transfer-config, leave it out"
         )
+
+
+def _told(asked: Any) -> str:
+    try:
+        return shortened(asked)
+    except ValueError:
+        # Of whole numbers with more than some thousand digits.
+        return "so large"
 
 
 def _is_ratio(asked: Any) -> bool:

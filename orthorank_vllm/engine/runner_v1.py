@@ -12,7 +12,7 @@ from typing import Any
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 
-from orthorank_vllm.engine.batches import batch_of_v1
+from orthorank_vllm.engine.batches import batch_of_v1, shadow_step_of_v1
 from orthorank_vllm.engine.step_stats import Seconds
 
 _MARK = "_orthorank_hook"
@@ -33,6 +33,8 @@ def with_plan(model_forward: Callable[..., Any]) -> Callable[..., Any]:
         is_replayed = get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.FULL
         plan = None if batch is None or is_replayed else orthorank.plan(batch)
         planned = time.perf_counter()
+        if batch is not None and not is_replayed and orthorank.shadow_rows is not None:
+            orthorank.shadow_rows.expect(shadow_step_of_v1(self, batch, orthorank.config))
         if plan is not None:
             model_kwargs["orthorank_plan"] = plan
         output = model_forward(self, *args, **model_kwargs)

@@ -11,7 +11,7 @@ from typing import Any
 from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from orthorank_vllm.engine.batches import RequestFacts, batch_of_v2
+from orthorank_vllm.engine.batches import RequestFacts, batch_of_v2, shadow_step_of_v2
 from orthorank_vllm.engine.step_stats import Seconds
 from orthorank_vllm.selection.plan import Batch, Plan
 
@@ -59,6 +59,8 @@ class OrthoRankModelState(DefaultModelState):
         # in 0.26 as short as what speculation verifies): those are dense.
         plan = None if self._is_replayed else self._orthorank.plan(batch)
         self._running = _Running(batch, plan, started, time.perf_counter())
+        if self._orthorank.shadow_rows is not None and not self._is_replayed:
+            self._orthorank.shadow_rows.expect(shadow_step_of_v2(input_batch, batch, self._facts))
         return inputs if plan is None else {**inputs, "orthorank_plan": plan}
 
     def postprocess_state(self, *args: Any, **kwargs: Any) -> None:

@@ -27,6 +27,12 @@ STEP_PREFILL_TOKENS = "orthorank_step_prefill_tokens"
 STEP_PREFILL_SECONDS = "orthorank_step_prefill_seconds"
 PLAN_SECONDS = "orthorank_plan_duration_seconds"
 
+SHADOW_KL = "orthorank_shadow_kl"
+SHADOW_COMPARISONS = "orthorank_shadow_comparisons"
+SHADOW_AGREEMENTS = "orthorank_shadow_top1_agreements"
+SHADOW_TOKENS = "orthorank_shadow_prefill_tokens"
+SHADOW_DROPPED = "orthorank_shadow_dropped"
+
 HELP = {
     UP: "1 if the counts of all workers could be read.",
     ACTIVE: "1 if the workers of this engine run OrthoRank.",
@@ -54,14 +60,28 @@ HELP = {
     STEP_PREFILL_TOKENS: "Prompt tokens of steps that had some, by path.",
     STEP_PREFILL_SECONDS: "Time of the model's forward in steps with prompt tokens, by path.",
     PLAN_SECONDS: "Time on the host to plan a step with prompt tokens.",
+    SHADOW_KL: "KL(dense || OrthoRank) of the distribution of an answer's first token, in nats, of "
+    "prompts that were computed once more, densely.",
+    SHADOW_COMPARISONS: "Prompts that were computed once more, densely, and compared.",
+    SHADOW_AGREEMENTS: "Of these, prompts whose likeliest first token is the same in both.",
+    SHADOW_TOKENS: "Prompt tokens that were computed once more, densely.",
+    SHADOW_DROPPED: "Prompts that were to be compared and were not, by the reason.",
 }
 
 STEP_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1.0, 2.5, 5.0, 10.0, 25.0, 60.0),
 )
+KL_BUCKETS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 PLAN_BUCKETS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1)
 
 # The paths of a step.
 SPARSE = "sparse"
 STOCK = "stock"
+
+# Why a prompt was not compared: no step was idle enough in time, others needed the KV cache, or an
+# error, after which no more are.
+BUSY = "busy"
+NO_ROOM = "no_room"
+FAILED = "failed"
+DROPPED = (BUSY, NO_ROOM, FAILED)

@@ -11,6 +11,7 @@ from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.metrics import definitions
 from orthorank_vllm.metrics.collector import FOLDER_VARIABLE, metrics_folder
 from orthorank_vllm.metrics.counts import Counter, Counts, Histogram, write_gauge
+from orthorank_vllm.metrics.shadow import ShadowMetrics
 from orthorank_vllm.options import OFF
 
 # vLLM shows the log lines of its own namespace only.
@@ -18,7 +19,11 @@ logger = logging.getLogger("vllm.orthorank")
 
 
 class WorkerMetrics:
-    """Counts of one engine, written by the worker that speaks for it."""
+    """Counts of one engine, written by the worker that speaks for it.
+
+    Attributes:
+        shadow: of prompts that are compared; None where none are, or before `tell`.
+    """
 
     def __init__(self, labels: Mapping[str, str], layers: Iterable[int]) -> None:
         """Open this worker's file among the server's metrics.
@@ -58,6 +63,7 @@ class WorkerMetrics:
             layer: counter(definitions.LAYER_UPDATES_SKIPPED, layer=str(layer)) for layer in layers
         }
         self._other_ratio_tokens: dict[int, Counter] = {}
+        self.shadow: ShadowMetrics | None = None
         self._flops_saved = counter(definitions.FLOPS_SAVED)
         self._sink_hits = counter(definitions.SINK_HITS)
         self._sink_misses = counter(definitions.SINK_MISSES)
@@ -117,6 +123,8 @@ class WorkerMetrics:
                     labels = {**self._labels, "ratio": ratio}
                     of_ratio[ratio] = Counter(self._counts, definitions.OTHER_RATIO_TOKENS, labels)
                 self._other_ratio_tokens[count] = of_ratio[ratio]
+        if config.shadow and self.shadow is None:
+            self.shadow = ShadowMetrics(self._counts, self._labels)
         self._counts.publish()
 
     def look_after(self) -> None:

@@ -160,17 +160,33 @@ def read_stand_ins(path: str | Path, layers: Iterable[int]) -> dict[int, StandIn
 
     with safe_open(str(path), framework="pt") as file:
         names = set(file.keys())
+        # Of a broken file a part may be missing, which `get_tensor` says.
+        needed = set(PARTS[:3])
         return {
             layer: StandIn(
                 **{
                     part: file.get_tensor(f"{layer}.{part}")
                     for part in PARTS
-                    if f"{layer}.{part}" in names
+                    if part in needed or f"{layer}.{part}" in names
                 }
             )
             for layer in layers
             if f"{layer}.down" in names
         }
+
+
+def _check(layer: int, stand_in: StandIn, hidden_size: int) -> None:
+    """Raise a `ValueError` for a map that could not be added, or would make no numbers."""
+    down = stand_in.down
+    if down.ndim == 2 and len(down) != hidden_size:
+        raise ValueError(f"it is of a model with {len(down)} channels")
+    rank = down.shape[-1] if down.ndim else 0
+    shapes = {"down": (hidden_size, rank), "up": (rank, hidden_size)}
+    for name, part in stand_in.parts.items():
+        if part.shape != shapes.get(name, (hidden_size,)) or not part.is_floating_point():
+            raise ValueError(f"{layer}.{name} is {part.dtype} of shape {tuple(part.shape)}")
+        if not part.isfinite().all():
+            raise ValueError(f"{layer}.{name} holds what is no number")
 
 
 def stand_ins_to_add(
@@ -187,9 +203,8 @@ def stand_ins_to_add(
 
     try:
         found = read_stand_ins(path, layers)
-        for layer in found.values():
-            if len(layer.down) != hidden_size:
-                raise ValueError(f"it is of a model with {len(layer.down)} channels")
+        for layer, stand_in in found.items():
+            _check(layer, stand_in, hidden_size)
     except (OSError, ValueError, SafetensorError) as error:
         raise STAND_IN.rejected(str(path), f"this worker cannot use it ({error})") from None
     host = torch.device("cpu")

@@ -90,6 +90,7 @@ def test_its_objects_are_valid_in_kubernetes(version: str, file: str, scaler: st
         ({**MODEL, "orthorank": {"tail": 0}}, "at '/orthorank/tail'"),
         ({**MODEL, "orthorank": {"maxLoss": "little"}}, "at '/orthorank/maxLoss'"),
         ({**MODEL, "orthorank": {"maxRatio": 1}}, "at '/orthorank/maxRatio'"),
+        ({**MODEL, "orthorank": {"shadow": 1.5}}, "at '/orthorank/shadow'"),
         # What YAML makes of on without quotes.
         ({**MODEL, "orthorank": {"aligned": True}}, "at '/orthorank/aligned'"),
         # What YAML makes of 29:0 without quotes.
@@ -146,11 +147,11 @@ def test_a_ratio_to_be_found_is_on_and_goes_with_what_may_be_lost() -> None:
 
 @pytest.mark.parametrize("ratio", [0, 0.2])
 def test_a_ratio_for_requests_to_ask_for_is_on_whatever_the_servers_own_is(ratio: float) -> None:
-    given = {"ratio": ratio, "maxRatio": 0.5, "aligned": "off"}
+    given = {"ratio": ratio, "maxRatio": 0.5, "aligned": "off", "shadow": 0.01}
     objects = rendered({**MODEL, "orthorank": given})
     args = args_of(objects)
     assert {f"--orthorank-ratio={ratio}", "--orthorank-max-ratio=0.5"} < set(args)
-    assert "--orthorank-aligned=off" in args
+    assert {"--orthorank-aligned=off", "--orthorank-shadow=0.01"} < set(args)
     labels = objects["Deployment"]["spec"]["template"]["metadata"]["labels"]
     assert labels["orthorank"] == "on"
 

@@ -64,6 +64,7 @@ def test_the_flags_stand_in_a_group_of_their_own() -> None:
         "--orthorank-profile",
         "--orthorank-calibrate-seconds",
         "--orthorank-attention",
+        "--orthorank-shadow",
         "--orthorank-endpoint",
     }
 

@@ -112,7 +112,7 @@ def test_whatever_comes_together_nobody_finds_another_ratios_blocks(
 
     for _ in range(data.draw(st.integers(2, 10))):
         ratio = data.draw(st.sampled_from(RATIOS))
-        salt = data.draw(st.sampled_from([None, "mine"]))
+        salt = data.draw(st.sampled_from([None, "mine", "1", "(1, None)", "\0"]))
         prompt = LONG[: data.draw(st.integers(1, 300))]
         count = default if ratio is None else COUNTS[ratio]
         name = f"request {len(server.reused)}"

@@ -5,12 +5,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
 from vllm import PoolingParams, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.engine.request_ratio import KEY, check_ratio, num_selective
+from orthorank_vllm.engine.shadow import ORIGINAL, shadow_of
 from orthorank_vllm.options import LayerKeep
+from tests.support.hostile import JSON, check_one_line
 
 # Ratios 0.1, 0.2 and 0.275.
 CONFIG = OrthoRankConfig(
@@ -107,3 +110,25 @@ def test_where_a_kv_connector_hands_on_keys_and_values_no_request_has_a_ratio_of
     check_ratio(ADDITIONAL, asking(None), is_session=False, has_stores=True)
     with pytest.raises(ValueError, match=f"{KEY} 0: not possible in a server with --kv-transfer"):
         check_ratio(ADDITIONAL, asking(0), is_session=False, has_stores=True)
+
+
+@given(asked=JSON, claimed=JSON, is_session=..., has_stores=...)
+def test_whatever_a_request_asks_for_is_served_or_refused_in_one_line(
+    asked: Any, claimed: Any, is_session: bool, has_stores: bool
+) -> None:
+    """And every worker makes something of it."""
+    params = SimpleNamespace(extra_args={KEY: asked, ORIGINAL: claimed})
+    try:
+        check_ratio(ADDITIONAL, params, is_session, has_stores)
+        assert asked is None or 0 <= asked <= 0.25 + 1e-9
+    except VLLMValidationError as error:
+        check_one_line(error)
+    assert 0 <= num_selective(CONFIG, params) <= 3
+    shadow = shadow_of(replace(CONFIG, shadow=1.0), "a", params, 500)
+    assert shadow is None or not shadow.is_rerun
+
+
+def test_a_number_that_python_does_not_write_is_refused_like_any_other() -> None:
+    """Break seen: an error about digits, by more than 4300 of them."""
+    with pytest.raises(VLLMValidationError, match="orthorank_ratio so large: not allowed, give"):
+        check_ratio(ADDITIONAL, asking(10**5000), is_session=False)

@@ -13,8 +13,9 @@ import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 
 from orthorank_vllm.config import OrthoRankConfig
-from orthorank_vllm.engine.batches import RequestFacts, batch_of_v2
+from orthorank_vllm.engine.batches import RequestFacts, ShadowStep, batch_of_v2
 from orthorank_vllm.engine.request_ratio import KEY
+from orthorank_vllm.engine.shadow import Shadow, rerun_args
 from orthorank_vllm.engine.step_stats import Seconds
 from orthorank_vllm.options import LayerKeep
 from orthorank_vllm.selection.plan import Batch, make_plan
@@ -60,7 +61,9 @@ class Step:
                 extra_args=None if row.ratio is None else {KEY: row.ratio},
             )
             request = SimpleNamespace(
-                prompt_token_ids=[100 + row.slot] * row.prompt, sampling_params=params
+                req_id=f"request {row.slot}",
+                prompt_token_ids=[100 + row.slot] * row.prompt,
+                sampling_params=params,
             )
             self.facts.add(row.slot, request, CONFIG)
 
@@ -230,6 +233,7 @@ class Recorder:
     def __init__(self) -> None:
         self.needs_model_state = True
         self.config = CONFIG
+        self.shadow_rows: Any = None
         self.counted: list[tuple[Batch, Any]] = []
 
     def plan(self, batch: Batch) -> Any:
@@ -300,6 +304,34 @@ def test_a_decoding_step_is_stock_and_not_counted(
     assert stage(state, Step([Row(1, 50, 1, 40)]), False, monkeypatch) == {}
     state.postprocess_state(None, None, None)
     assert state._orthorank.counted == []
+
+
+@pytest.mark.model
+def test_a_step_says_which_rows_are_compared_unless_it_is_replayed(
+    state: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is not run then, and the next forward's rows are others."""
+    expected: list[ShadowStep] = []
+    state._orthorank.shadow_rows = SimpleNamespace(expect=expected.append)
+    step = Step(STEPS["decoding beside a chunk and a prompt's end"][0])
+    step.facts.shadow[0] = Shadow("a", is_rerun=True)
+    step.facts.shadow[2] = step.facts.shadow[7] = Shadow("b", is_rerun=False)
+    stage(state, step, True, monkeypatch)
+    assert expected == []
+    stage(state, step, False, monkeypatch)
+    assert expected == [ShadowStep({251: Shadow("b", False)}, 200)]
+
+
+def test_a_requests_part_in_a_comparison_is_known_from_its_beginning() -> None:
+    facts = RequestFacts(SLOTS)
+    config = replace(CONFIG, shadow=1.0)
+    for slot, extra in ((1, None), (2, rerun_args("a"))):
+        params = SimpleNamespace(prompt_logprobs=None, extra_args=extra)
+        request = SimpleNamespace(
+            req_id=f"request {slot}", prompt_token_ids=[5] * 100, sampling_params=params
+        )
+        facts.add(slot, request, config)
+    assert facts.shadow[1:3] == [Shadow("request 1", False), Shadow("a", True)]
 
 
 @pytest.mark.model

@@ -13,6 +13,7 @@ from orthorank_vllm import __version__
 from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.metrics import collector, definitions
 from orthorank_vllm.metrics.recorder import WorkerMetrics
+from orthorank_vllm.metrics.shadow import DroppedCounter
 from orthorank_vllm.metrics.status import as_json, engines_of
 from orthorank_vllm.options import LayerKeep
 from orthorank_vllm.profiles import Cost
@@ -151,8 +152,34 @@ def test_an_engine_whose_layers_are_still_open_is_not_active(registry: Collector
 
 
 def test_every_name_is_told(registry: CollectorRegistry) -> None:
-    WorkerMetrics(LABELS, range(5)).tell(CONFIG)
+    WorkerMetrics(LABELS, range(5)).tell(replace(CONFIG, shadow=0.01))
     assert {metric.name for metric in registry.collect()} == set(definitions.HELP)
+
+
+def test_nothing_is_told_of_comparisons_where_there_are_none(registry: CollectorRegistry) -> None:
+    WorkerMetrics(LABELS, range(5)).tell(CONFIG)
+    assert not [metric.name for metric in registry.collect() if "shadow" in metric.name]
+
+
+def test_a_prompt_that_is_not_compared_is_counted_once_whoever_dropped_it(
+    registry: CollectorRegistry,
+) -> None:
+    """The scheduler may have a file of its own, beside the workers'."""
+    metrics = WorkerMetrics(LABELS, range(5))
+    metrics.tell(replace(CONFIG, shadow=0.01))
+    assert metrics.shadow is not None
+    metrics.shadow.count(0.02, agrees=True)
+    metrics.shadow.count(4.0, agrees=False)
+    metrics.shadow.dropped.count(definitions.FAILED)
+    DroppedCounter.of_scheduler(LABELS).count(definitions.FAILED)
+    value = registry.get_sample_value
+    assert value("orthorank_shadow_kl_sum", LABELS) == 4.02
+    assert value("orthorank_shadow_kl_bucket", {**LABELS, "le": "0.03"}) == 1
+    assert value("orthorank_shadow_kl_bucket", {**LABELS, "le": "+Inf"}) == 2
+    assert value("orthorank_shadow_comparisons_total", LABELS) == 2
+    assert value("orthorank_shadow_top1_agreements_total", LABELS) == 1
+    assert value("orthorank_shadow_dropped_total", {**LABELS, "reason": "failed"}) == 2
+    assert value("orthorank_shadow_dropped_total", {**LABELS, "reason": "busy"}) == 0
 
 
 def test_a_worker_without_a_folder_stops_the_start_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ class Server:
 
     def counts_file(self) -> Path:
         """The file that the worker writes its counts to: one that some child has open."""
-        for child in _children(self.process.pid):
+        for child in children_of(self.process.pid):
             for descriptor in Path(f"/proc/{child}/fd").iterdir():
                 with suppress(FileNotFoundError):
                     opened = descriptor.readlink()
@@ -65,11 +65,12 @@ class Server:
         return found[0]
 
 
-def _children(process: int) -> Iterator[int]:
+def children_of(process: int) -> Iterator[int]:
+    """The ids of its children, and theirs."""
     for thread in Path(f"/proc/{process}/task").iterdir():
         for child in map(int, (thread / "children").read_text().split()):
             yield child
-            yield from _children(child)
+            yield from children_of(child)
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def wait_for(what: str, found: Callable[[], Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def sparse(image: str, model: Path) -> Iterator[Server]:
-    with running(image, model, SPARSE + EAGER) as started:
+    with running(image, model, (*SPARSE, *EAGER, "--orthorank-shadow", "1")) as started:
         yield started
 
 
