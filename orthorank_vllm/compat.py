@@ -51,7 +51,6 @@ SEAMS = (
     "vllm.config:SchedulerConfig.get_scheduler_cls",
     "vllm.tokenizers:cached_tokenizer_from_config",
     "vllm.config:CompilationMode.STOCK_TORCH_COMPILE",
-    "vllm.platforms:current_platform.is_cuda",
     "vllm.platforms:current_platform.is_rocm",
     "vllm.envs:VLLM_CACHE_ROOT",
     "vllm.envs:VLLM_API_KEY",
@@ -82,9 +81,10 @@ WORKER_SEAMS = (
     "vllm.forward_context:set_forward_context",
     "vllm.platforms:current_platform.fp8_dtype",
     "vllm.sequence:IntermediateTensors",
+    "vllm.triton_utils:HAS_TRITON",
 )
-# In workers of Model Runner V2; all of its modules need a GPU's Triton.
-GPU_SEAMS = (
+# In workers of Model Runner V2; all of its modules need Triton, for a GPU or for CPUs.
+V2_SEAMS = (
     "vllm.v1.worker.gpu.model_states:init_model_state",
     "vllm.v1.worker.gpu.model_states.default:DefaultModelState.add_request",
     "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn",
@@ -151,9 +151,9 @@ def require_seams(seams: Sequence[str]) -> None:
 
 def worker_seams() -> tuple[str, ...]:
     """The names that a worker on this machine takes."""
-    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
 
-    return (*WORKER_SEAMS, *GPU_SEAMS) if current_platform.is_cuda() else WORKER_SEAMS
+    return (*WORKER_SEAMS, *V2_SEAMS) if HAS_TRITON else WORKER_SEAMS
 
 
 def missing_seams(seams: Sequence[str]) -> Iterator[tuple[str, Exception]]:

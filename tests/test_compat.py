@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "orthorank_vllm"
 AT_START_UP = compat.SEAMS + compat.WORKER_SEAMS
 OF_CONNECTORS = tuple(itertools.chain.from_iterable(compat.CONNECTOR_SEAMS.values()))
-CHECKED = AT_START_UP + compat.GPU_SEAMS + compat.COMMAND_SEAMS + OF_CONNECTORS
+CHECKED = AT_START_UP + compat.V2_SEAMS + compat.COMMAND_SEAMS + OF_CONNECTORS
 
 
 def test_every_seam_is_in_this_vllm() -> None:
@@ -74,7 +74,7 @@ def test_every_name_that_is_taken_from_vllm_is_checked_at_start_up() -> None:
 def lists_for(file: Path) -> tuple[str, ...]:
     """The names that are checked before a file of the package runs."""
     if file == PACKAGE / "engine" / "runner_v2.py":
-        return AT_START_UP + compat.GPU_SEAMS
+        return AT_START_UP + compat.V2_SEAMS
     if file.stem in compat.CONNECTOR_SEAMS:
         return AT_START_UP + compat.CONNECTOR_SEAMS[file.stem]
     if file.relative_to(PACKAGE).parts[0] in ("compat.py", "offline"):

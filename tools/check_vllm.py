@@ -25,7 +25,7 @@ from tools.vllm_source import Source, unpacked
 CHECKED = tuple(
     seam
     for seam in (
-        *(*compat.SEAMS, *compat.WORKER_SEAMS, *compat.GPU_SEAMS, *compat.COMMAND_SEAMS),
+        *(*compat.SEAMS, *compat.WORKER_SEAMS, *compat.V2_SEAMS, *compat.COMMAND_SEAMS),
         *itertools.chain.from_iterable(compat.CONNECTOR_SEAMS.values()),
     )
     if seam.startswith("vllm.")

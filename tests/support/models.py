@@ -49,10 +49,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_random(family: str, folder: Path) -> str:
-    """A model with random weights, large enough that its layers matter."""
+def write_random(family: str, folder: Path, **sizes: int) -> str:
+    """A model with random weights, large enough that its layers matter.
+
+    Args:
+        sizes: other than `SIZES`.
+    """
     config_class = getattr(transformers, f"{family}Config")
-    config = config_class(**{**SIZES, **FAMILIES[family]})
+    config = config_class(**{**SIZES, **FAMILIES[family], **sizes})
     torch.manual_seed(7)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     for name, weight in model.named_parameters():
