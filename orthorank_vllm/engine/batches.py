@@ -1,6 +1,6 @@
 """A step of either model runner as a `plan.Batch`: pure functions of its host arrays.
 
-Apart from `runner_v2`, whose imports need a GPU.
+Apart from `runner_v2`, whose imports need Triton.
 """
 
 from typing import Any
@@ -12,13 +12,17 @@ from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.engine.request_ratio import num_selective
 from orthorank_vllm.selection.plan import Batch, Ints
 
+# What a request asks of its prompt's rows; the second is Model Runner V2's alone, and not in 0.26.
+SCORING = ("prompt_logprobs", "prompt_logprob_token_ids")
+
 
 class RequestFacts:
     """What a step needs to know of each running request, by vLLM's slot for it.
 
     Attributes:
         first_token: [slots] token id at position 0.
-        wants_prompt: [slots] whether its prompt's log-probabilities were asked for.
+        wants_prompt: [slots] whether log-probabilities were asked for of its prompt's tokens, or
+            of others in their places.
         num_selective: [slots] in how many layers tokens of its prompt are skipped.
     """
 
@@ -36,7 +40,7 @@ class RequestFacts:
         """
         self.first_token[slot] = request.prompt_token_ids[0]
         params = request.sampling_params
-        self.wants_prompt[slot] = params is not None and params.prompt_logprobs is not None
+        self.wants_prompt[slot] = any(getattr(params, name, None) is not None for name in SCORING)
         self.num_selective[slot] = num_selective(config, params)
 
 
