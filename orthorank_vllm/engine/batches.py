@@ -1,6 +1,6 @@
 """A step of either model runner as a `plan.Batch`: pure functions of its host arrays.
 
-Apart from `runner_v2`, whose imports need a GPU.
+Apart from `runner_v2`, whose imports need Triton.
 """
 
 from collections.abc import Iterable
@@ -13,6 +13,9 @@ from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.engine.request_ratio import num_selective
 from orthorank_vllm.engine.shadow import Shadow, shadow_of
 from orthorank_vllm.selection.plan import Batch, Ints
+
+# What a request asks of its prompt's rows; the second is Model Runner V2's alone, and not in 0.26.
+SCORING = ("prompt_logprobs", "prompt_logprob_token_ids")
 
 
 class ShadowStep(NamedTuple):
@@ -48,7 +51,8 @@ class RequestFacts:
 
     Attributes:
         first_token: [slots] token id at position 0.
-        wants_prompt: [slots] whether its prompt's log-probabilities were asked for.
+        wants_prompt: [slots] whether log-probabilities were asked for of its prompt's tokens, or
+            of others in their places.
         num_selective: [slots] in how many layers tokens of its prompt are skipped.
         shadow: its part in a comparison.
     """
@@ -68,7 +72,7 @@ class RequestFacts:
         """
         self.first_token[slot] = request.prompt_token_ids[0]
         params = request.sampling_params
-        self.wants_prompt[slot] = params is not None and params.prompt_logprobs is not None
+        self.wants_prompt[slot] = any(getattr(params, name, None) is not None for name in SCORING)
         self.num_selective[slot] = num_selective(config, params)
         prompt_len = len(request.prompt_token_ids)
         self.shadow[slot] = shadow_of(config, request.req_id, params, prompt_len)

@@ -72,7 +72,7 @@ class OrthoRankForCausalLM(MeasuredForCausalLM):
     @staticmethod
     def get_model_state_cls() -> type:
         """The class that Model Runner V2 asks for (vllm/v1/worker/gpu/model_states/__init__.py)."""
-        # Its modules need Triton and a driver, which a CPU lacks.
+        # Its modules need Triton with a backend for the device, which most CPUs lack.
         from orthorank_vllm.engine.runner_v2 import OrthoRankModelState
 
         return OrthoRankModelState

@@ -1,6 +1,6 @@
 """Plans from Model Runner V2's arrays, in the shapes of vLLM 0.26 and 0.32.
 
-Its steps cannot run without a GPU; its classes can be made, and are those of the vLLM installed.
+With its classes as the vLLM installed has them; `tests/engine_runs/test_runner_v2.py` runs it.
 """
 
 from dataclasses import dataclass, field, replace

@@ -77,6 +77,13 @@ def test_every_token_and_log_probability_is_v1s(
         assert all(abs(one - other) < TOLERANCE for one, other in pairs)
 
 
+def test_every_row_is_right_for_a_request_that_scores_tokens_of_its_prompt(of_v2: Any) -> None:
+    """Break seen: the last layer's rows left out, as for a request that reads none of them."""
+    told, scored = of_v2["on CPU"]["scored"]
+    pairs = zip(told, scored, strict=True)
+    assert all(abs(one - other) < TOLERANCE for one, other in pairs)
+
+
 def test_the_cases_are_what_they_are_named_for(of_v2: Any) -> None:
     """Break seen: so many pages that no request had to begin again."""
     crowd = of_v2["on CPU"]["crowd"]

@@ -82,6 +82,24 @@ class Cases:
         self.engine.forget_sinks()
         return {"sink found": found, "sink lost": self.serve(jobs[2:])}
 
+    def scored_twice(self) -> list[list[float]]:
+        """A prompt's tokens as predictions, asked for by each of V2's two ways."""
+        from vllm import SamplingParams
+
+        job = Job(self.words(100), 1, 0, True, ALL_LAYERS)
+        [answer] = self.serve([job])["answers"]
+        self.engine.llm.reset_prefix_cache()
+        params = SamplingParams(
+            max_tokens=1,
+            detokenize=False,
+            prompt_logprob_token_ids=[[token] for token in job.prompt[1:]],
+            extra_args={"orthorank_ratio": ALL_LAYERS},
+        )
+        prompt: Any = {"prompt_token_ids": job.prompt}
+        [output] = self.engine.llm.generate([prompt], params, use_tqdm=False)
+        scores: Any = output.prompt_token_id_logprobs
+        return [answer["log_probs"][1:], scores[:, 0].tolist()]
+
 
 def _answer(job: Job) -> dict[str, Any]:
     generated = zip(job.generated, job.output.outputs[0].logprobs, strict=True)
@@ -108,6 +126,8 @@ def cut_anywhere(folder: str) -> dict[str, Any]:
         )
     ]
     found = {"crowd": cases.serve(crowd, budgets=(100, 64, 140)), **cases.found_and_lost()}
+    if cases.engine.llm.llm_engine.vllm_config.use_v2_model_runner:
+        found["scored"] = cases.scored_twice()
     for name, rule in RULES.items():
         cases.engine.use(rule)
         found[name] = cases.serve([Job(cases.words(100), 1, 0, True, ALL_LAYERS)], budgets=(75,))
