@@ -11,7 +11,6 @@ bookkeeping in a step. The last line is all of it as JSON.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import random
@@ -33,8 +32,6 @@ class Engine:
     def __init__(self, model: str, ratio: float) -> None:
         from vllm import LLM
 
-        from orthorank_vllm.engine.shadow_runs import ShadowRuns
-
         self._llm = LLM(
             model,
             dtype="float32",
@@ -50,7 +47,7 @@ class Engine:
         self._scheduler = self._core.scheduler
         runner = self._core.model_executor.driver_worker.worker.model_runner
         self._orthorank = runner.get_model().orthorank
-        self._runs = next(each for each in gc.get_objects() if isinstance(each, ShadowRuns))
+        self._runs = self._scheduler.orthorank_reruns
         self._inner_schedule = self._scheduler.schedule
         self._vocabulary = self._llm.llm_engine.vllm_config.model_config.get_vocab_size()
 

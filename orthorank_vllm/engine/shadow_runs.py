@@ -31,8 +31,10 @@ MOST_PROMPTS = 16
 MOST_SECONDS = 60.0
 # Until a re-run that found no room beside others' answers is tried again.
 RETRY_SECONDS = 1.0
-# Of a re-run in one step: so much longer may a step of others' answers be.
+# Of a re-run in one step: a request that comes then waits for so many, and beside others' answers
+# each of their steps is so much longer.
 STEP_TOKENS = 512
+STEP_TOKENS_BESIDE = 64
 # Behind any that a client can ask for, which are 64 bits.
 LOWEST_PRIORITY = 1 << 64
 
@@ -123,6 +125,8 @@ class ShadowRuns:
             if request is not self._rerun:
                 cache(request, *args, **kwargs)
 
+        # For who looks at it from outside: a benchmark.
+        scheduler.orthorank_reruns = self
         scheduler.add_request, scheduler.finish_requests = add_request, finish_requests
         scheduler.schedule = schedule_with_rerun
         scheduler.update_from_output = update_from_output
@@ -197,7 +201,8 @@ class ShadowRuns:
             for each in others
         )
         scheduler.max_num_scheduled_tokens = min(
-            scheduler.max_num_scheduled_tokens, needed + STEP_TOKENS
+            scheduler.max_num_scheduled_tokens,
+            needed + (STEP_TOKENS_BESIDE if others else STEP_TOKENS),
         )
 
     def _is_quiet(self, others: list[Any]) -> bool:

@@ -8,7 +8,7 @@ from vllm.v1.request import RequestStatus
 
 from orthorank_vllm.engine import shadow_runs
 from orthorank_vllm.engine.scheduler import AlignedAsyncScheduler
-from orthorank_vllm.engine.shadow_runs import MOST_PROMPTS, STEP_TOKENS
+from orthorank_vllm.engine.shadow_runs import MOST_PROMPTS, STEP_TOKENS, STEP_TOKENS_BESIDE
 from orthorank_vllm.metrics.collector import orthorank_metrics
 from tests.support.scheduling import FULL, Server
 
@@ -91,7 +91,7 @@ def test_its_blocks_go_to_whoever_needs_them_in_the_same_step(
     """Whatever priority they ask for. Break seen: a request preempted in its place."""
     server = started(model_path, scheduler, blocks=28, scheduling_policy=policy)
     answering = server.add(LONG[:200], max_tokens=60, priority=9)
-    while not reruns(server):
+    while sum(reruns(server).values()) < 128:
         server.step()
     before = dropped("no_room")
     next_one = server.add(LONG[300:400], max_tokens=60, priority=1 << 40)
@@ -104,15 +104,19 @@ def test_its_blocks_go_to_whoever_needs_them_in_the_same_step(
     drain(server)
 
 
-def test_a_step_beside_answers_is_longer_by_so_many_tokens_at_most(model_path: str) -> None:
+@pytest.mark.parametrize(("answer", "most"), [(1, STEP_TOKENS), (60, STEP_TOKENS_BESIDE)])
+def test_a_step_has_so_many_tokens_of_a_rerun_at_most_and_fewer_beside_answers(
+    model_path: str, answer: int, most: int
+) -> None:
     server = started(model_path, max_num_batched_tokens=2048)
-    server.add(LONG[:900], max_tokens=30)
+    server.add(LONG[:900], max_tokens=answer)
     server.run()
     drain(server)
     (tokens,) = reruns(server).values()
     (parts,) = [parts for name, parts in server.parts.items() if "shadow" in name]
     assert tokens == 900
-    assert [part.end - part.start for part in parts] == [STEP_TOKENS, 900 - STEP_TOKENS]
+    whole, rest = divmod(900, most)
+    assert [part.end - part.start for part in parts] == [most] * whole + [rest]
 
 
 def test_of_more_prompts_than_are_kept_the_oldest_are_dropped(model_path: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from orthorank_vllm.engine.shadow_runs import STEP_TOKENS, STEP_TOKENS_BESIDE
 from tests.support.models import write_random
 from tests.support.replay import TOLERANCE
 from tests.support.scripts import Script
@@ -250,9 +251,9 @@ def test_answers_are_those_of_an_engine_without_it(shadowed: Any, plain: Any) ->
 def test_nothing_is_run_while_a_request_waits_or_is_in_its_prompt(shadowed: Any) -> None:
     steps = shadowed["steps"]
     assert any(waiting or in_prompt for waiting, in_prompt, *_ in steps)
-    for waiting, in_prompt, _, tokens, reruns in steps:
+    for waiting, in_prompt, others, tokens, reruns in steps:
         assert not (tokens and (waiting or in_prompt))
-        assert tokens <= 512
+        assert tokens <= (STEP_TOKENS_BESIDE if others else STEP_TOKENS)
         assert reruns <= 1
     beside = [tokens for _, _, others, tokens, _ in steps if tokens and others]
     assert beside, "no step had a re-run beside an answer"
