@@ -13,6 +13,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.models import ModelRegistry
 from vllm.sequence import IntermediateTensors
 
+from orthorank_vllm.engine.adapters import adapters_of_step, no_adapters
 from orthorank_vllm.engine.prefill import SparsePrefill
 from orthorank_vllm.model.architectures import MEASURED_OF, ORTHORANK_OF
 from orthorank_vllm.model.fingerprint import Fingerprint
@@ -55,13 +56,17 @@ class OrthoRankForCausalLM(MeasuredForCausalLM):
             self.orthorank.warm_up()
         if orthorank_plan is None:
             if self.orthorank.needs_profile_run and get_forward_context().attn_metadata is None:
-                self.orthorank.profile_run(input_ids, positions)
+                adapters = no_adapters(self, len(positions), positions.device)
+                self.orthorank.profile_run(input_ids, positions, adapters)
             stock: Any = super()
             states: torch.Tensor | IntermediateTensors = stock.forward(
                 input_ids, positions, intermediate_tensors, inputs_embeds
             )
             return states
-        return self.orthorank.forward(orthorank_plan, input_ids, positions, intermediate_tensors)
+        adapters = adapters_of_step(self, orthorank_plan)
+        return self.orthorank.forward(
+            orthorank_plan, input_ids, positions, intermediate_tensors, adapters
+        )
 
     @staticmethod
     def get_model_state_cls() -> type:
