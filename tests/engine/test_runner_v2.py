@@ -33,6 +33,7 @@ class Row:
         slot: vLLM's place for it.
         prefill: its tokens when it was added: more than its prompt after a preemption.
         ratio: that it asks for, if any.
+        lora_id: its adapter's, if it has one.
     """
 
     slot: int
@@ -42,6 +43,7 @@ class Row:
     prefill: int = 0
     wants_prompt: bool = False
     ratio: float | None = None
+    lora_id: int = 0
 
 
 @dataclass
@@ -59,8 +61,11 @@ class Step:
                 prompt_logprobs=1 if row.wants_prompt else None,
                 extra_args=None if row.ratio is None else {KEY: row.ratio},
             )
+            lora = SimpleNamespace(lora_int_id=row.lora_id) if row.lora_id else None
             request = SimpleNamespace(
-                prompt_token_ids=[100 + row.slot] * row.prompt, sampling_params=params
+                prompt_token_ids=[100 + row.slot] * row.prompt,
+                sampling_params=params,
+                lora_request=lora,
             )
             self.facts.add(row.slot, request, CONFIG)
 

@@ -39,6 +39,7 @@ def write_adapter(
         layer, _, kind = name.rpartition(".")
         if kind != "weight" or layer.rpartition(".")[2] not in modules:
             continue
+        weight = weight.detach()
         rows, columns = weight.shape
         of_up = float(weight.std()) * (columns / rank) ** 0.5 / (3 * SCALE)
         if layer.endswith(EMBEDDING):
