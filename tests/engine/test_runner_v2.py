@@ -188,6 +188,23 @@ def test_each_request_skips_in_as_many_layers_as_its_ratio_takes(form: str) -> N
     assert batch.num_selective.tolist() == [2, 0, 1, 1, 2, 2]
 
 
+@pytest.mark.parametrize("form", ["0.26", "0.32"])
+def test_each_request_has_the_adapter_that_is_loaded_as_its_own(form: str) -> None:
+    step = Step([Row(slot, 0, 100, 100, lora_id=adapter) for slot, adapter in enumerate([4, 0, 9])])
+    loaded = {4: RequestFacts(1), 9: RequestFacts(1)}
+    manager = SimpleNamespace(list_adapters=lambda: loaded)
+    batch = batch_of_v2(step.inputs(form), step.states, step.facts, manager)
+    assert batch is not None
+    assert batch.adapter is not None
+    assert batch.adapter[1] == 0
+    assert len(set(batch.adapter.tolist())) == 3
+    # In the place of one that had an adapter.
+    later = Step([replace(row, lora_id=0) for row in step.rows], step.facts)
+    batch = batch_of_v2(later.inputs(form), later.states, later.facts, manager)
+    assert batch is not None
+    assert batch.adapter is None
+
+
 GUESSES = 3
 
 
