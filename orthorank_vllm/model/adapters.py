@@ -55,23 +55,21 @@ class RowAdapters:
         """Add what the rows' adapters make of them, in place.
 
         Args:
-            output: [rows, columns], what the base layer makes of them.
+            output: [rows, columns], what the base layer makes of them, before it is added up over
+                tensor-parallel ranks.
             module: vLLM's linear layer; nothing is added by one that it has not wrapped.
             rows: [rows, in].
             start: the output's first column among all of the layer's.
         """
         if not has_adapters(module):
             return
-        base, end = module.base_layer, start + output.shape[1]
-        begins = 0
+        begins, end = 0, start + output.shape[1]
         # Of layers that vLLM has fused, each has adapters of its own.
         for down, up in zip(module.lora_a_stacked, module.lora_b_stacked, strict=True):
             ends = begins + up.shape[2]
             first, last = max(begins, start), min(ends, end)
             if first < last:
                 narrow = linear(rows, down.flatten(0, 2).to(rows.dtype)).mul_(self.columns)
-                if isinstance(base, RowParallelLinear) and base.tp_size > 1:
-                    narrow = tensor_model_parallel_all_reduce(narrow)
                 part = up[:, :, first - begins : last - begins]
                 output[:, first - start : last - start].addmm_(narrow, _side_by_side(part, output))
             begins = ends
@@ -110,8 +108,17 @@ def product(module: Any, rows: torch.Tensor, adapters: RowAdapters | None) -> to
         rows: [rows, in].
         adapters: of these rows; None: none has one.
     """
-    output: torch.Tensor = base_of(module)(rows)[0]
-    if adapters is not None:
+    base = base_of(module)
+    output: torch.Tensor
+    if adapters is None or not has_adapters(module):
+        output = base(rows)[0]
+    elif isinstance(base, RowParallelLinear) and base.tp_size > 1:
+        # As its own forward does, with what adapters add to this rank's part.
+        output = base.quant_method.apply(base, rows, None if base.tp_rank else base.bias)
+        adapters.add_to(output, module, rows)
+        output = tensor_model_parallel_all_reduce(output)
+    else:
+        output = base(rows)[0]
         adapters.add_to(output, module, rows)
     return output
 

@@ -27,11 +27,10 @@ ADAPTERS = [
     (4, 8, (*EVERYWHERE, EMBEDDING)),
 ]
 
-CODE = """
+COMMON = """
 import torch
 from transformers import AutoModelForCausalLM
 from vllm.lora.request import LoRARequest
-from orthorank_vllm.model import forward
 from tests.support.adapters import merge
 from tests.support.reference import Reference, Rule, with_stand_ins
 from tests.support.replay import Engine, Job, Run, replay
@@ -57,8 +56,27 @@ def jobs_of(loras, max_tokens, prompts=prompts, ratio=None):
         for prompt in prompts for lora in loras
     ]
 
+donors = {}
+def compared(run):
+    verdicts = []
+    for key, reference in references.items():
+        mine = {
+            name: job for name, job in run.jobs.items()
+            if (job.lora and job.lora.lora_path, job.ratio) == key
+        }
+        forwards = [[part for part in f if part.request_id in mine] for f in run.forwards]
+        verdict = replay(Run(mine, forwards), reference, earlier=donors.setdefault(key, []))
+        donors[key] += verdict.requests.values()
+        verdicts.append(verdict)
+    return [
+        max(v.worst for v in verdicts), sum(v.compared for v in verdicts),
+        min(v.margin for v in verdicts),
+    ]
+
 loras = [None, *(LoRARequest(f"adapter-{i}", i + 1, f) for i, f in enumerate(folders))]
 models = [merged(lora and lora.lora_path) for lora in loras]
+"""
+CODE = """
 rule = with_stand_ins(Rule.of(options), models[0].config.hidden_size, knows_errors=[3])
 references = {
     (lora and lora.lora_path, ratio): Reference(model, rule if ratio is None else Rule({}))
@@ -70,39 +88,24 @@ engine = Engine(
 )
 engine.use(rule)
 found = {"chunked": 0, "cached": 0, "mixed": 0, "lost": 0}
-recompute = forward.recompute_sinks
+from orthorank_vllm.model import forward as module
+recompute = module.recompute_sinks
 def recomputed(*given):
     found["lost"] += len(given[3])
     return recompute(*given)
-forward.recompute_sinks = recomputed
-
-donors = {key: [] for key in references}
-def compared(run):
-    verdicts = []
-    for key, reference in references.items():
-        mine = {
-            name: job for name, job in run.jobs.items()
-            if (job.lora and job.lora.lora_path, job.ratio) == key
-        }
-        forwards = [[part for part in f if part.request_id in mine] for f in run.forwards]
-        verdict = replay(Run(mine, forwards), reference, earlier=donors[key])
-        donors[key] += verdict.requests.values()
-        verdicts.append(verdict)
-    for part in run.forwards:
-        found["mixed"] += len({run.jobs[p.request_id].lora for p in part}) > 2
-    for job in run.jobs.values():
-        parts = run.chunks(job)
-        found["cached"] += parts[0].num_computed > 0
-        found["chunked"] += sum(p.num_computed < len(job.prompt) for p in parts) > 1
-    return [
-        max(v.worst for v in verdicts), sum(v.compared for v in verdicts),
-        min(v.margin for v in verdicts),
-    ]
+module.recompute_sinks = recomputed
 
 jobs = jobs_of(loras, 10) + jobs_of(loras, 10, prompts[:1], ratio=0.0)
 for index, job in enumerate(jobs):
     job.arrives = index // 4
-crowd = [compared(engine.run(jobs, budget=lambda step: (130, 64, 200)[step % 3]))]
+run = engine.run(jobs, budget=lambda step: (130, 64, 200)[step % 3])
+for forward in run.forwards:
+    found["mixed"] += len({run.jobs[part.request_id].lora for part in forward}) > 2
+for job in jobs:
+    parts = run.chunks(job)
+    found["cached"] += parts[0].num_computed > 0
+    found["chunked"] += sum(part.num_computed < len(job.prompt) for part in parts) > 1
+crowd = [compared(run)]
 firsts = [told(job)[1] for job in jobs[:len(loras)]]
 # From the prefix cache, with no sink's state: all of them are computed anew, together.
 engine.llm.reset_prefix_cache()
@@ -140,10 +143,23 @@ answer({
     "dense": [told(job) for job in dense], "stock": [told(job) for job in as_stock],
 })
 """
+# Of two processes each has a part of every projection, and of an adapter's.
+PARALLEL = """
+references = {
+    (lora and lora.lora_path, None): Reference(model, Rule.of(options))
+    for lora, model in zip(loras, models)
+}
+engine = Engine(
+    path, num_gpu_blocks_override=48, tensor_parallel_size=2,
+    additional_config={"orthorank": options}, **LORA, **SIZES
+)
+answer(compared(engine.run(jobs_of(loras, 2, prompts[:1]))))
+"""
 
 
 @pytest.fixture(scope="module")
-def answer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def given(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """A model, the rule, adapters of the model, and prompts."""
     import transformers
 
     folder: Path = tmp_path_factory.mktemp("lora")
@@ -159,7 +175,12 @@ def answer(tmp_path_factory: pytest.TempPathFactory) -> Any:
         beginning[:kept] + [draw.randrange(5, 500) for _ in range(more)]
         for kept, more in ((170, 80), (150, 103), (0, 40))
     ]
-    return Script(CODE, path, RULE, folders, prompts).answer
+    return [path, RULE, folders, prompts]
+
+
+@pytest.fixture(scope="module")
+def answer(given: list[Any]) -> Any:
+    return Script(COMMON + CODE, *given).answer
 
 
 def test_each_request_of_a_batch_is_answered_as_by_its_adapters_merged_model(
@@ -184,3 +205,10 @@ def test_an_adapter_that_takes_anothers_place_is_not_given_its_sinks(
 
 def test_dense_requests_with_adapters_are_stock_vllms(answer: dict[str, Any]) -> None:
     assert answer["dense"] == answer["stock"]
+
+
+def test_adapters_are_added_up_over_tensor_parallel_ranks(given: list[Any]) -> None:
+    worst, compared, margin = Script(COMMON + PARALLEL, *given).answer
+    assert compared >= 10
+    assert margin > SAFE_MARGIN
+    assert worst < TOLERANCE
