@@ -117,6 +117,7 @@ class Engine:
     llm: Any
     is_gpu: bool
     device: str
+    lora: Any = None
     _numbers: random.Random = field(default_factory=lambda: random.Random(0))
     _steps: list[Step] = field(default_factory=lambda: [Step()])
 
@@ -161,7 +162,7 @@ class Engine:
         )
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         started = time.perf_counter()
-        self.llm.generate(inputs, params, use_tqdm=False)
+        self.llm.generate(inputs, params, use_tqdm=False, lora_request=self.lora)
         if self.is_gpu:
             self._steps[0].all = time.perf_counter() - started
         return self._steps
@@ -237,6 +238,12 @@ def start(arguments: argparse.Namespace, lengths: list[int], folder: str) -> Eng
     # On a GPU vLLM's defaults; on a CPU one step for each prompt.
     on_cpu = {"dtype": "float32", "max_num_batched_tokens": max(room, 2048)}
     options: dict[str, Any] = {} if is_gpu else on_cpu
+    lora = None
+    if arguments.lora:
+        from vllm.lora.request import LoRARequest
+
+        lora = LoRARequest("adapter", 1, arguments.lora)
+        options |= {"enable_lora": True, "max_loras": arguments.max_loras, "max_lora_rank": 16}
     if arguments.shapes:
         shutil.copy(SHAPES[arguments.shapes], Path(folder) / "config.json")
         arguments.model, arguments.load_format = folder, "dummy"
@@ -252,6 +259,7 @@ def start(arguments: argparse.Namespace, lengths: list[int], folder: str) -> Eng
         ),
         is_gpu,
         current_platform.get_device_name(),
+        lora,
     )
 
 
@@ -268,6 +276,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20, help="of forwards, at each length")
     parser.add_argument("--tokens", type=int, default=0, help="at once, in as many prompts as fit")
     parser.add_argument("--attention", default="auto", help="OrthoRank's, one or more of them")
+    parser.add_argument("--lora", help="folder of an adapter that all prompts have")
+    parser.add_argument("--max-loras", type=int, default=1, help="vLLM's (default: %(default)s)")
     arguments = parser.parse_args()
     if bool(arguments.model) == bool(arguments.shapes):
         parser.error("give either a model or --shapes")

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orthorank_vllm.config import OrthoRankConfig
+from orthorank_vllm.engine.adapters import numbers_of
 from orthorank_vllm.engine.request_ratio import num_selective
 from orthorank_vllm.engine.shadow import Shadow, shadow_of
 from orthorank_vllm.selection.plan import Batch, Ints
@@ -55,6 +56,7 @@ class RequestFacts:
             of others in their places.
         num_selective: [slots] in how many layers tokens of its prompt are skipped.
         shadow: its part in a comparison.
+        lora_id: [slots] vLLM's for its adapter, 0 for none.
     """
 
     def __init__(self, slots: int) -> None:
@@ -62,6 +64,7 @@ class RequestFacts:
         self.wants_prompt: npt.NDArray[np.bool_] = np.zeros(slots, dtype=np.bool_)
         self.num_selective: Ints = np.zeros(slots, dtype=np.int64)
         self.shadow: list[Shadow | None] = [None] * slots
+        self.lora_id: Ints = np.zeros(slots, dtype=np.int64)
 
     def add(self, slot: int, request: Any, config: OrthoRankConfig) -> None:
         """Note the prompt of a request that begins.
@@ -76,15 +79,19 @@ class RequestFacts:
         self.num_selective[slot] = num_selective(config, params)
         prompt_len = len(request.prompt_token_ids)
         self.shadow[slot] = shadow_of(config, request.req_id, params, prompt_len)
+        self.lora_id[slot] = request.lora_request.lora_int_id if request.lora_request else 0
 
 
-def batch_of_v2(inputs: Any, states: Any, facts: RequestFacts) -> Batch | None:
+def batch_of_v2(
+    inputs: Any, states: Any, facts: RequestFacts, lora_manager: Any = None
+) -> Batch | None:
     """This step's requests, None where none of them has prompt tokens left.
 
     Args:
         inputs: vLLM's `InputBatch`; its counts are exact for prompts, and for a request that
             generates it may count tokens that are not accepted yet, all of them past its prompt.
         states: vLLM's `RequestState`.
+        lora_manager: see `numbers_of`.
     """
     # A dummy batch's slots are not those of its requests: none of them is in its prompt.
     if not inputs.is_prefilling_np.any():
@@ -97,6 +104,7 @@ def batch_of_v2(inputs: Any, states: Any, facts: RequestFacts) -> Batch | None:
         first_token=facts.first_token[slots],
         wants_all_rows=bool(facts.wants_prompt[slots].any()),
         num_selective=facts.num_selective[slots],
+        adapter=numbers_of(facts.lora_id[slots], lora_manager),
     )
     return batch if batch.prompt_tokens.any() else None
 
@@ -128,6 +136,10 @@ def batch_of_v1(runner: Any, config: OrthoRankConfig) -> Batch | None:
         first_token=inputs.token_ids_cpu[:num_reqs, 0].astype(np.int64),
         wants_all_rows=bool(runner.num_prompt_logprobs),
         num_selective=selective,
+        adapter=numbers_of(
+            inputs.request_lora_mapping[:num_reqs],
+            getattr(runner.get_model(), "lora_manager", None),
+        ),
     )
 
 

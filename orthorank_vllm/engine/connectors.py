@@ -19,6 +19,8 @@ OURS = {
     "NixlPullConnector": "orthorank_vllm.engine.nixl_connectors",
     "NixlPushConnector": "orthorank_vllm.engine.nixl_connectors",
 }
+# Ours gives each configuration a folder, in which it finds blocks by their tokens.
+BY_TOKENS_IN_FOLDER = ("ExampleConnector",)
 BY_TOKENS = ("LMCacheConnectorV1", "LMCacheMPConnector", "FlexKVConnectorV1", "HF3FSKVConnector")
 UNCOMPARED = ("MooncakeConnector", "MoRIIOConnector")
 SEVERAL = "MultiConnector"

@@ -4,7 +4,8 @@ Those that serve take a plan in their forward. `*ForCausalLM.forward` is plain P
 compiled model (vllm/model_executor/models/llama.py), so the choice of the path is made here.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.models import ModelRegistry
 from vllm.sequence import IntermediateTensors
 
+from orthorank_vllm.engine.adapters import adapters_of_step, no_adapters
 from orthorank_vllm.engine.prefill import SparsePrefill
+from orthorank_vllm.model.adapters import base_logits
 from orthorank_vllm.model.architectures import MEASURED_OF, ORTHORANK_OF
 from orthorank_vllm.model.fingerprint import Fingerprint
 from orthorank_vllm.selection.plan import Plan
@@ -36,7 +39,6 @@ class OrthoRankForCausalLM(MeasuredForCausalLM):
     """Put before a stock class: without a plan that one's forward, with one the sparse one."""
 
     model: Any
-    compute_logits: Callable[[torch.Tensor], torch.Tensor | None]
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
@@ -56,17 +58,19 @@ class OrthoRankForCausalLM(MeasuredForCausalLM):
             self.orthorank.warm_up()
         if orthorank_plan is None:
             if self.orthorank.needs_profile_run and get_forward_context().attn_metadata is None:
-                self.orthorank.profile_run(input_ids, positions)
+                adapters = no_adapters(self, len(positions), positions.device)
+                self.orthorank.profile_run(input_ids, positions, adapters)
             stock: Any = super()
             states: torch.Tensor | IntermediateTensors = stock.forward(
                 input_ids, positions, intermediate_tensors, inputs_embeds
             )
         else:
+            adapters = adapters_of_step(self, orthorank_plan)
             states = self.orthorank.forward(
-                orthorank_plan, input_ids, positions, intermediate_tensors
+                orthorank_plan, input_ids, positions, intermediate_tensors, adapters
             )
         if self.orthorank.shadow_rows is not None:
-            self.orthorank.shadow_rows.see(states, self.compute_logits)
+            self.orthorank.shadow_rows.see(states, partial(base_logits, self))
         return states
 
     @staticmethod

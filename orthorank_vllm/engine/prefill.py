@@ -17,6 +17,7 @@ from orthorank_vllm.engine.step_stats import Seconds, StepCounter
 from orthorank_vllm.engine.unsupported import check_supported
 from orthorank_vllm.engine.weights import Renewal
 from orthorank_vllm.model import qkv
+from orthorank_vllm.model.adapters import RowAdapters
 from orthorank_vllm.model.decoder import Decoder
 from orthorank_vllm.model.fingerprint import Fingerprint
 from orthorank_vllm.model.forward import Outcome, SelectiveLayer, sparse_forward
@@ -74,6 +75,7 @@ class SparsePrefill:
         self._sink_capacity = self._max_num_seqs + SPARE_SINK_SLOTS
         self._hidden_size = model_config.get_hidden_size()
         self._dtype = model_config.dtype
+        self._has_lora = vllm_config.lora_config is not None
         self._device = torch.get_default_device()
         # The ranks compute the same tokens: one of them counts.
         self._counter = StepCounter.of(vllm_config, self._decoder) if is_first_rank() else None
@@ -144,6 +146,11 @@ class SparsePrefill:
                 "its outputs and its speed with stock vLLM's (`orthorank doctor`, and in a clone "
                 "`make gpu-check`)."
             )
+        if self._has_lora and config.stand_in:
+            logger.info(
+                "OrthoRank's stand-ins were fitted on the base model; rows with a LoRA adapter get "
+                "the same"
+            )
         if much := warning(config):
             logger.warning("%s", much)
         if not config.measured:
@@ -195,7 +202,7 @@ class SparsePrefill:
 
         Every stage keeps its table in the same way, so all of them decide alike.
         """
-        is_known = np.array([token in self._sinks for token in batch.first_token.tolist()])
+        is_known = np.array([sink in self._sinks for sink in batch.sinks])
         is_served = is_known | (batch.num_computed == 0)
         if batch.num_selective is not None:
             never_scored = next(place for place, keep in enumerate(keeps) if keep)
@@ -208,12 +215,14 @@ class SparsePrefill:
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
         from_earlier_stage: IntermediateTensors | None,
+        adapters: RowAdapters | None = None,
     ) -> torch.Tensor | IntermediateTensors:
         """This stage's part of a forward with a plan.
 
         Args:
             input_ids, positions: [tokens] or more, which pad them; the ids are read in the first
                 stage.
+            adapters: of the tokens; None: none has one.
 
         Returns:
             [tokens, hidden] final normalised states, right in the rows `plan.sampled_rows`;
@@ -225,7 +234,7 @@ class SparsePrefill:
         update: torch.Tensor | None = None
         if self._decoder.is_first:
             assert input_ids is not None
-            residual = self._decoder.embed(input_ids[: plan.num_tokens])
+            residual = self._decoder.embed(input_ids[: plan.num_tokens], adapters)
         else:
             assert from_earlier_stage is not None
             residual, update = from_earlier_stage["residual"], from_earlier_stage["hidden_states"]
@@ -238,6 +247,7 @@ class SparsePrefill:
             positions,
             residual,
             update,
+            adapters,
         )
         if self._decoder.is_last:
             hidden, _ = add_and_norm(self._decoder.norm, residual, update)
@@ -251,13 +261,19 @@ class SparsePrefill:
         """Whether the next forward without requests is the one that vLLM measures memory with."""
         return self._needs_profile_run
 
-    def profile_run(self, input_ids: torch.Tensor | None, positions: torch.Tensor) -> None:
+    def profile_run(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        adapters: RowAdapters | None = None,
+    ) -> None:
         """Run the sparse forward on dummy tokens, so that the most that it takes is measured too.
 
         Without requests there is no KV cache and no attention; nothing is counted or remembered.
 
         Args:
             input_ids, positions: [tokens], as many as a forward can have.
+            adapters: of these tokens, where some may have one.
 
         Raises:
             RuntimeError: vLLM's runner would call the model without plans.
@@ -273,7 +289,7 @@ class SparsePrefill:
         ):
             plan = self.plan(batch)
             if plan is not None:
-                self.forward(plan, input_ids, positions, None)
+                self.forward(plan, input_ids, positions, None, adapters)
                 self._outcome = None
                 self._sinks.clear()
 

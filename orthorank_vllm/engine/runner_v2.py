@@ -34,6 +34,7 @@ class OrthoRankModelState(DefaultModelState):
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: Any) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self._orthorank = model.orthorank
+        self._lora_manager = getattr(model, "lora_manager", None)
         self._orthorank.needs_model_state = False
         self._facts = RequestFacts(self.max_num_reqs)
         self._is_replayed = False
@@ -52,7 +53,7 @@ class OrthoRankModelState(DefaultModelState):
         inputs: dict[str, Any] = super().prepare_inputs(input_batch, req_states)
         self._running = None
         started = time.perf_counter()
-        batch = batch_of_v2(input_batch, req_states, self._facts)
+        batch = batch_of_v2(input_batch, req_states, self._facts, self._lora_manager)
         if batch is None:
             return inputs
         # Steps as long as decoding's are replayed whoever is in them (prompts of one token, or

@@ -162,9 +162,12 @@ class ShadowRuns:
                 self._finish([rerun.request_id], RequestStatus.FINISHED_ABORTED)
 
     def _watch(self, request: Any) -> None:
+        is_there = self._scheduler.requests.get(request.request_id) is request
         # Of a prompt that comes in parts none is the whole, and its last one is no request.
-        is_whole = not getattr(request, "resumable", False) and request.prompt_token_ids is not None
-        if not is_whole or self._scheduler.requests.get(request.request_id) is not request:
+        comes_in_parts = getattr(request, "resumable", False)
+        has_ids = request.prompt_token_ids is not None
+        # Logits are compared as the base model makes them.
+        if request.lora_request or not is_there or comes_in_parts or not has_ids:
             return
         if shadow_of(
             self._config, request.request_id, request.sampling_params, request.num_prompt_tokens

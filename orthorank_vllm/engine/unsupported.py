@@ -85,6 +85,16 @@ def _attention_sinks(vllm_config: Any) -> object:
     return getattr(config, "attention_sinks", default) or None
 
 
+def _lora_of_experts(vllm_config: Any) -> object:
+    is_moe = vllm_config.lora_config is not None and vllm_config.model_config.is_moe
+    return "with a mixture of experts" if is_moe else None
+
+
+def _lora_with_store_by_tokens(vllm_config: Any) -> object:
+    store = connectors.connector_among(connectors.BY_TOKENS_IN_FOLDER)(vllm_config)
+    return f"with {store}" if store and vllm_config.lora_config is not None else None
+
+
 def _data_parallel_experts(vllm_config: Any) -> object:
     size = _if_above_one(vllm_config.parallel_config.data_parallel_size)
     return size if vllm_config.model_config.is_moe else None
@@ -143,8 +153,20 @@ REFUSALS = (
     ),
     Refusal(
         "--enable-lora",
-        lambda c: c.lora_config and "set",
-        "adapters are applied by row, and a selective layer computes other rows",
+        _lora_of_experts,
+        "vLLM applies experts' adapters to a step's rows, and a selective layer computes others",
+    ),
+    Refusal(
+        "--fully-sharded-loras",
+        lambda c: (c.lora_config is not None and c.lora_config.fully_sharded_loras) or None,
+        "adapters that are cut by rank are only applied to a step's rows, and a selective layer "
+        "computes others",
+    ),
+    Refusal(
+        "--enable-lora",
+        _lora_with_store_by_tokens,
+        "this KV connector finds K and V by their tokens alone, so another adapter's would be "
+        "taken",
     ),
     Refusal(
         "--speculative-config",

@@ -12,6 +12,7 @@ import torch
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from orthorank_vllm.attention.backend import AttentionPlan
+from orthorank_vllm.model.adapters import RowAdapters, embedded, product
 from orthorank_vllm.model.ops import add_and_norm, mlp, norm_heads, rotate
 from orthorank_vllm.model.qkv import SplitWeight, project
 from orthorank_vllm.model.stand_in import FusedStandIn
@@ -85,6 +86,7 @@ class DecoderLayer:
         pick: Pick | None = None,
         split: SplitWeight | None = None,
         stand_in: FusedStandIn | None = None,
+        adapters: RowAdapters | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute K and V of every row, and everything else for the rows that `pick` names.
 
@@ -99,20 +101,22 @@ class DecoderLayer:
             pick: None: all rows.
             split: the QKV weight cut in two, where some rows are picked and that can be done.
             stand_in: what the rows that are not picked get in place of an update.
+            adapters: of all rows; None: no row has one.
 
         Returns:
             residual, update: the same after the layer; update is None where rows were picked.
         """
         normed, residual = add_and_norm(self.input_norm, residual, update)
         rows = None if pick is None else pick(residual, normed)
-        key, value, query_of = project(self.attn, split, normed)
+        key, value, query_of = project(self.attn, split, normed, adapters)
         if rows is None:
-            query, key = self._normed_and_placed(positions, query_of(None), key)
+            query, key = self._normed_and_placed(positions, query_of(None, adapters), key)
             entering = residual
         else:
+            adapters = None if adapters is None else adapters.of(rows)
             key = self._placed(positions, self._normed(self.key_norm, key), None)[0]
             entering = residual.index_select(0, rows)
-            query = query_of(rows)
+            query = query_of(rows, adapters)
             if stand_in is not None:
                 stand_in.add_to(residual, normed)
             if not len(rows):
@@ -121,9 +125,9 @@ class DecoderLayer:
             positions = positions.index_select(0, rows)
             query = self._placed(positions, self._normed(self.query_norm, query), None)[0]
         attended = attention.run(self.attn.attn, query, key, value, rows, positions)
-        output, _ = self.attn.o_proj(attended)
+        output = product(self.attn.o_proj, attended, adapters)
         normed, updated = add_and_norm(self.post_norm, entering, self._scaled(output))
-        update = self._scaled(mlp(self.feed_forward, normed))
+        update = self._scaled(mlp(self.feed_forward, normed, adapters))
         if rows is None:
             return updated, update
         return residual.index_copy_(0, rows, updated.add_(update)), None
@@ -141,7 +145,7 @@ class DecoderLayer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What attention takes of every row, [tokens, heads x head size] each; see `forward`."""
         key, _, query_of = project(self.attn, None, normed)
-        return self._normed_and_placed(positions, query_of(None), key)
+        return self._normed_and_placed(positions, query_of(None, None), key)
 
     def _normed_and_placed(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
@@ -190,10 +194,10 @@ class Decoder:
         self.is_first = 0 in self.layers
         self.is_last = self.last_layer in self.layers
         self.norm = model.norm
-        self._embed = model.embed_input_ids
+        self._model = model
         self._embedding_scale = float(getattr(model.config, "embedding_multiplier", 1.0))
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+    def embed(self, tokens: torch.Tensor, adapters: RowAdapters | None = None) -> torch.Tensor:
         """[T] token ids to the [T, hidden] residual stream that enters the first layer."""
-        residual: torch.Tensor = self._embed(tokens)
+        residual = embedded(self._model.embed_tokens, tokens, adapters)
         return residual if self._embedding_scale == 1 else residual * self._embedding_scale

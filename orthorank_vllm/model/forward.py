@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from orthorank_vllm.attention.backend import AttentionBackend, AttentionPlan
+from orthorank_vllm.model.adapters import RowAdapters
 from orthorank_vllm.model.decoder import Decoder, Pick
 from orthorank_vllm.model.lost_sinks import recompute_sinks
 from orthorank_vllm.model.qkv import SplitWeight
@@ -166,6 +167,7 @@ def sparse_forward(
     positions: torch.Tensor,
     residual: torch.Tensor,
     update: torch.Tensor | None,
+    adapters: RowAdapters | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, Outcome]:
     """Prefill through this stage's layers, the selective ones in place.
 
@@ -173,12 +175,13 @@ def sparse_forward(
         selective: this stage's, by layer index.
         positions: [tokens].
         residual, update: [tokens, hidden], see `DecoderLayer.forward`.
+        adapters: of all tokens; None: none has one.
 
     Returns:
         the same after the last layer here, right in the rows `plan.sampled_rows`, and what to
         count.
     """
-    step = _start_step(decoder, selective, sinks, attention, plan, positions.device)
+    step = _start_step(decoder, selective, sinks, attention, plan, positions.device, adapters)
     stand_in_rank = 0
     quotas: dict[int, Quota] = {}
     for index, layer in decoder.layers.items():
@@ -196,7 +199,9 @@ def sparse_forward(
         if stand_in is not None:
             stand_in_rank += stand_in.rank
         pick = step.pick(kept, quota, sinks, only)
-        residual, update = layer.forward(attend, positions, residual, update, pick, split, stand_in)
+        residual, update = layer.forward(
+            attend, positions, residual, update, pick, split, stand_in, adapters
+        )
     return residual, update, Outcome(quotas, step.sink_hits, step.sink_misses, stand_in_rank)
 
 
@@ -205,6 +210,7 @@ class _Sinks(NamedTuple):
 
     Attributes:
         lost, lost_slots: token ids whose states are to be computed, and their slots.
+        lost_rows: for each a row that has its adapter.
     """
 
     slots: Ints
@@ -212,30 +218,32 @@ class _Sinks(NamedTuple):
     fresh_slots: Ints
     lost: Ints
     lost_slots: Ints
+    lost_rows: Ints
     hits: int
     misses: int
 
 
 _NOTHING = np.zeros(0, dtype=np.int64)
-_NO_SINKS = _Sinks(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, 0, 0)
+_NO_SINKS = _Sinks(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, 0, 0)
 
 
 def _look_up(sinks: SinkTable, plan: Plan) -> _Sinks:
-    tokens = plan.first_token.tolist()
-    slots, missing = sinks.reserve(tokens)
+    wanted = [plan.batch.sinks[request] for request in plan.requests.tolist()]
+    slots, missing = sinks.reserve(wanted)
     in_batch = [r for r, row in enumerate(plan.sink_row.tolist()) if row >= 0]
-    fresh = {tokens[r] for r in in_batch}
-    missing = [token for token in missing if token not in fresh]
-    # No request whose position 0 is in the batch has a missing token.
-    misses = sum(token in missing for token in tokens)
-    slot_of_token = dict(zip(tokens, slots, strict=True))
+    fresh = {wanted[r] for r in in_batch}
+    missing = [sink for sink in missing if sink not in fresh]
+    # No request whose position 0 is in the batch has a missing sink.
+    misses = sum(sink in missing for sink in wanted)
+    lost = [wanted.index(sink) for sink in missing]
     return _Sinks(
         slots=np.array(slots, dtype=np.int64),
         fresh_rows=plan.sink_row[in_batch],
         fresh_slots=np.array([slots[r] for r in in_batch], dtype=np.int64),
-        lost=np.array(missing, dtype=np.int64),
-        lost_slots=np.array([slot_of_token[token] for token in missing], dtype=np.int64),
-        hits=len(tokens) - len(in_batch) - misses,
+        lost=plan.batch.first_token[plan.requests[lost]],
+        lost_slots=np.array([slots[r] for r in lost], dtype=np.int64),
+        lost_rows=plan.batch.first_row[plan.requests[lost]],
+        hits=len(wanted) - len(in_batch) - misses,
         misses=misses,
     )
 
@@ -247,6 +255,7 @@ def _start_step(
     attention: AttentionBackend,
     plan: Plan,
     device: torch.device,
+    adapters: RowAdapters | None = None,
 ) -> Step:
     # All stages keep their tables alike, whichever of them scores.
     is_whole = decoder.is_first and decoder.is_last
@@ -256,12 +265,13 @@ def _start_step(
     top_k = kind.arrays_of(plan) if plan.scored else ()
     sampled = _NOTHING if plan.sampled_rows is None else plan.sampled_rows
     known = {quota: quota.rows for quota in plan.different_quotas if quota.rows is not None}
-    on_device = to_device((sampled, *found[:5], *known.values(), *top_k), device)
-    sampled_rows, slots, fresh_rows, fresh_slots, lost, lost_slots = on_device[:6]
-    known_rows, of_top_k = on_device[6 : 6 + len(known)], on_device[6 + len(known) :]
+    on_device = to_device((sampled, *found[:6], *known.values(), *top_k), device)
+    sampled_rows, slots, fresh_rows, fresh_slots, lost, lost_slots, lost_rows = on_device[:7]
+    known_rows, of_top_k = on_device[7 : 7 + len(known)], on_device[7 + len(known) :]
     if len(found.lost):
         scored = [index for index, kept in selective.items() if kept.sink_row is not None]
-        recompute_sinks(decoder, scored, sinks, lost, lost_slots)
+        of_lost = None if adapters is None else adapters.of(lost_rows)
+        recompute_sinks(decoder, scored, sinks, lost, lost_slots, of_lost)
     return Step(
         top_k=kind.of_arrays(plan, of_top_k) if top_k else {},
         rows=dict(zip(known, known_rows, strict=True)),

@@ -13,9 +13,11 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-# `silu(gate) * up` and nothing else (vllm/model_executor/models/{llama,qwen2,granite}.py). By
-# name: to compare with the classes, all of those modules would have to be imported.
-SILU_MLPS = ("LlamaMLP", "Qwen2MLP", "GraniteMLP")
+from orthorank_vllm.model.adapters import RowAdapters, base_of, has_adapters, product
+
+# `silu(gate) * up` and nothing else (vllm/model_executor/models/{llama,mistral,qwen2,granite}.py).
+# By name: to compare with the classes, all of those modules would have to be imported.
+SILU_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "GraniteMLP")
 
 
 def add_and_norm(
@@ -66,7 +68,7 @@ def rotate(
     return rotated
 
 
-def mlp(module: Any, normed: torch.Tensor) -> torch.Tensor:
+def mlp(module: Any, normed: torch.Tensor, adapters: RowAdapters | None = None) -> torch.Tensor:
     """The layer's MLP, or whatever stands in its place.
 
     On CPU its activation is a compiled function of its own, and entering that costs more than the
@@ -74,17 +76,20 @@ def mlp(module: Any, normed: torch.Tensor) -> torch.Tensor:
 
     Args:
         normed: [tokens, hidden].
+        adapters: of these tokens.
     """
-    if not (
-        normed.device.type == "cpu"
-        and type(module).__name__ in SILU_MLPS
-        and isinstance(module.down_proj.quant_method, UnquantizedLinearMethod)
-    ):
+    if not (type(module).__name__ in SILU_MLPS and _is_by_parts(module, normed)):
         output: torch.Tensor = module(normed)
         return output
-    gate, up = module.gate_up_proj(normed)[0].chunk(2, dim=-1)
-    output, _ = module.down_proj(silu(gate).mul_(up))
-    return output
+    gate, up = product(module.gate_up_proj, normed, adapters).chunk(2, dim=-1)
+    return product(module.down_proj, silu(gate).mul_(up), adapters)
+
+
+def _is_by_parts(module: Any, normed: torch.Tensor) -> bool:
+    if has_adapters(module.gate_up_proj) or has_adapters(module.down_proj):
+        return True
+    method = base_of(module.down_proj).quant_method
+    return normed.device.type == "cpu" and isinstance(method, UnquantizedLinearMethod)
 
 
 def _is_plain(norm: Any, residual: torch.Tensor) -> bool:

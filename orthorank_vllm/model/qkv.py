@@ -15,9 +15,12 @@ from torch.nn.functional import linear
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
+from orthorank_vllm.model.adapters import RowAdapters, base_of, product
+
 Linear = Callable[[torch.Tensor], torch.Tensor]
-# Of rows, [selected] int64 or None for all, to their Q, [selected, heads x head size].
-QueryOf = Callable[[torch.Tensor | None], torch.Tensor]
+# Of rows, [selected] int64 or None for all, and their adapters, to their Q, [selected, heads x head
+# size].
+QueryOf = Callable[[torch.Tensor | None, RowAdapters | None], torch.Tensor]
 
 
 class FusedWeight:
@@ -82,14 +85,15 @@ class SlicedWeight:
     """A cut by views: the weight stays where it is, and may be loaded anew."""
 
     def __init__(self, attn: Any) -> None:
-        self._fused = attn.qkv_proj
+        self._fused = base_of(attn.qkv_proj)
         self._query_rows = attn.q_size
 
     @classmethod
     def of(cls, attn: Any) -> "SlicedWeight | None":
         """The cut of `attn.qkv_proj`; None if it has to stay whole, or is not on a GPU."""
-        weight = getattr(attn.qkv_proj, "weight", None)
-        is_plain = type(attn.qkv_proj.quant_method) is UnquantizedLinearMethod
+        fused = base_of(attn.qkv_proj)
+        weight = getattr(fused, "weight", None)
+        is_plain = type(fused.quant_method) is UnquantizedLinearMethod
         if not is_plain or weight is None or weight.device.type != "cuda" or weight.ndim != 2:
             return None
         return cls(attn)
@@ -116,13 +120,17 @@ class PackedWeight:
 
 
 def project(
-    attn: Any, split: SplitWeight | None, normed: torch.Tensor
+    attn: Any,
+    split: SplitWeight | None,
+    normed: torch.Tensor,
+    adapters: RowAdapters | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, QueryOf]:
     """K and V of all tokens, not rotated, and what gives Q of some.
 
     Args:
         attn: vLLM's `LlamaAttention` or one with the same parts.
         normed: [tokens, hidden].
+        adapters: of all tokens.
 
     Returns:
         K and V, [tokens, kv heads x head size], and Q by rows.
@@ -131,12 +139,23 @@ def project(
     def gathered(states: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         return states if rows is None else states.index_select(0, rows)
 
+    def split_query(rows: torch.Tensor | None, of_rows: RowAdapters | None) -> torch.Tensor:
+        assert split is not None
+        chosen = gathered(normed, rows)
+        query = split.query(chosen)
+        if of_rows is not None:
+            of_rows.add_to(query, attn.qkv_proj, chosen)
+        return query
+
     if split is not None:
-        key, value = split.key_value(normed).split([attn.kv_size, attn.kv_size], dim=-1)
-        return key, value, lambda rows: split.query(gathered(normed, rows))
-    fused, _ = attn.qkv_proj(normed)
+        key_value = split.key_value(normed)
+        if adapters is not None:
+            adapters.add_to(key_value, attn.qkv_proj, normed, start=attn.q_size)
+        key, value = key_value.split([attn.kv_size, attn.kv_size], dim=-1)
+        return key, value, split_query
+    fused = product(attn.qkv_proj, normed, adapters)
     query, key, value = fused.split([attn.q_size, attn.kv_size, attn.kv_size], dim=-1)
-    return key, value, lambda rows: gathered(query, rows)
+    return key, value, lambda rows, _: gathered(query, rows)
 
 
 def _packed(fused: FusedWeight, rows: slice) -> Linear:

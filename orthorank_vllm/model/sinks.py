@@ -1,15 +1,18 @@
-"""The sink's residual stream entering each layer that scores, per token id.
+"""The sink's residual stream entering each layer that scores, per token id and adapter.
 
-Position 0 attends only to itself, so its state depends on nothing but its token
-id; the table serves the requests whose position 0 a forward lacks (a later
-chunk, a prefix-cache hit, a resumed request). DESIGN: README.md, "The sink".
+Position 0 attends only to itself, so its state depends on nothing but its token id, and on the
+adapter that its request may have; the table serves the requests whose position 0 a forward lacks (a
+later chunk, a prefix-cache hit, a resumed request). DESIGN: README.md, "The sink".
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
+from typing import TypeVar
 
 import torch
+
+Sink = TypeVar("Sink", bound=Hashable)
 
 
 class SinkTable:
@@ -26,7 +29,7 @@ class SinkTable:
         self._shape = (num_layers, capacity, hidden_size)
         self._dtype = dtype
         self._device = device
-        self._slot_of_token: OrderedDict[int, int] = OrderedDict()
+        self._slot_of: OrderedDict[Hashable, int] = OrderedDict()
 
     @cached_property
     def rows(self) -> torch.Tensor:
@@ -39,35 +42,35 @@ class SinkTable:
         with torch.inference_mode(False):
             return torch.zeros(self._shape, dtype=self._dtype, device=self._device)
 
-    def reserve(self, tokens: Sequence[int]) -> tuple[list[int], list[int]]:
-        """A slot for each token id, all held at the same time.
+    def reserve(self, sinks: Sequence[Sink]) -> tuple[list[int], list[Sink]]:
+        """A slot for each sink, all held at the same time.
 
         Args:
-            tokens: token ids, repeats allowed, at most `capacity` different ones.
+            sinks: what a state depends on, repeats allowed, at most `capacity` different ones.
 
         Returns:
-            the slots, and the token ids whose slots hold nothing yet.
+            the slots, and the sinks whose slots hold nothing yet.
         """
-        wanted = dict.fromkeys(tokens)
-        missing = [token for token in wanted if token not in self._slot_of_token]
-        for token in wanted:
-            if token in self._slot_of_token:
-                self._slot_of_token.move_to_end(token)
-        for token in missing:
+        wanted = dict.fromkeys(sinks)
+        missing = [sink for sink in wanted if sink not in self._slot_of]
+        for sink in wanted:
+            if sink in self._slot_of:
+                self._slot_of.move_to_end(sink)
+        for sink in missing:
             if len(self) < self._shape[1]:
                 slot = len(self)
             else:
-                _, slot = self._slot_of_token.popitem(last=False)
-            self._slot_of_token[token] = slot
-        return [self._slot_of_token[token] for token in tokens], missing
+                _, slot = self._slot_of.popitem(last=False)
+            self._slot_of[sink] = slot
+        return [self._slot_of[sink] for sink in sinks], missing
 
-    def __contains__(self, token: int) -> bool:
-        return token in self._slot_of_token
+    def __contains__(self, sink: Hashable) -> bool:
+        return sink in self._slot_of
 
     def __len__(self) -> int:
-        """How many token ids have a slot."""
-        return len(self._slot_of_token)
+        """How many sinks have a slot."""
+        return len(self._slot_of)
 
     def clear(self) -> None:
         """Forget every state; to be called when the weights change."""
-        self._slot_of_token.clear()
+        self._slot_of.clear()

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from orthorank_vllm.model.adapters import base_logits
 from orthorank_vllm.model.ops import add_and_norm
 from orthorank_vllm.model.stand_in import FusedStandIn
 from orthorank_vllm.offline.texts import LOGIT_ROWS, Forward, packed
@@ -135,8 +136,8 @@ class DenseAnswers:
             strict=True,
         ):
             # The other ranks' logits come from these two too: no answer before both.
-            of_dense = self._causal_lm.compute_logits(dense)
-            of_sparse = self._causal_lm.compute_logits(sparse)
+            of_dense = base_logits(self._causal_lm, dense)
+            of_sparse = base_logits(self._causal_lm, sparse)
             if of_dense is None or of_sparse is None:
                 continue
             columns.append(_compare(of_dense.float(), of_sparse.float(), targets))

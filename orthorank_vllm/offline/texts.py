@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from orthorank_vllm.attention.varlen import PackedTexts, VarlenAttention
+from orthorank_vllm.model.adapters import base_logits
 from orthorank_vllm.model.decoder import Decoder, DecoderLayer, Pick
 from orthorank_vllm.model.ops import add_and_norm
 from orthorank_vllm.model.stand_in import FusedStandIn
@@ -166,7 +167,7 @@ class Forward:
         targets = self.texts.tokens[rows + 1]
         parts = []
         for part, target in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
-            logits = self._causal_lm.compute_logits(part)
+            logits = base_logits(self._causal_lm, part)
             if logits is None:
                 continue
             logits = logits.float()

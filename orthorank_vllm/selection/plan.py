@@ -32,6 +32,7 @@ class Batch:
             log-probabilities).
         num_selective: how many of the selective layers, the first of their order, skip tokens of
             each prompt; None: all of them.
+        adapter: a number for each request's adapter, 0 for none; None: none has one.
     """
 
     num_computed: Ints
@@ -40,6 +41,18 @@ class Batch:
     first_token: Ints
     wants_all_rows: bool = False
     num_selective: Ints | None = None
+    adapter: Ints | None = None
+
+    @cached_property
+    def sinks(self) -> list[tuple[int, int]]:
+        """What the state of each request's position 0 depends on: its token id and adapter."""
+        adapter = np.zeros_like(self.first_token) if self.adapter is None else self.adapter
+        return list(zip(self.first_token.tolist(), adapter.tolist(), strict=True))
+
+    @cached_property
+    def first_row(self) -> Ints:
+        """The row of each request's first computed token."""
+        return np.cumsum(self.query_len) - self.query_len
 
     @cached_property
     def prompt_tokens(self) -> Ints:
@@ -60,7 +73,6 @@ class Plan:
         request: [C] index of each candidate's request among `requests`.
         forced_rows: [A] all other rows, ascending: selected in every layer.
         requests: [R] batch indices of the requests that have candidates.
-        first_token: [R] their token ids at position 0.
         sink_row: [R] row of their position 0, or -1 where this forward lacks it.
         quotas: of each selective layer, in their order, see `make_quotas`.
         sampled_rows: [N] rows whose output is read, ascending: each request's last, its prompt's
@@ -76,7 +88,6 @@ class Plan:
     request: Ints
     forced_rows: Ints
     requests: Ints
-    first_token: Ints
     sink_row: Ints
     quotas: Sequence[Quota | None]
     sampled_rows: Ints | None
@@ -120,7 +131,6 @@ def make_plan(batch: Batch, keeps: Iterable[float], window: int, tail: int) -> P
         return None
     is_first = _begins(rivals.request)
     requests = rivals.request[is_first]
-    first_row = np.cumsum(batch.query_len) - batch.query_len
     sampled_rows = _sampled_rows(batch, rows)
     return Plan(
         candidates=candidates,
@@ -128,8 +138,7 @@ def make_plan(batch: Batch, keeps: Iterable[float], window: int, tail: int) -> P
         request=np.repeat(np.cumsum(is_first) - 1, rivals.size),
         forced_rows=rivals.forced_rows,
         requests=requests,
-        first_token=batch.first_token[requests],
-        sink_row=np.where(batch.num_computed[requests] == 0, first_row[requests], -1),
+        sink_row=np.where(batch.num_computed[requests] == 0, batch.first_row[requests], -1),
         quotas=quotas,
         sampled_rows=None if batch.wants_all_rows else sampled_rows,
         sampled_per_request=np.bincount(rows.request[sampled_rows], minlength=len(batch.query_len)),

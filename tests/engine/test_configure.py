@@ -133,7 +133,14 @@ def test_an_unsupported_model_is_refused_before_anything_is_loaded(tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"enable_lora": True}, "--enable-lora"),
+        ({"enable_lora": True, "fully_sharded_loras": True}, "--fully-sharded-loras True"),
+        (
+            {
+                "enable_lora": True,
+                "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
+            },
+            "--enable-lora with ExampleConnector",
+        ),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
         ({"runner": "pooling"}, "--runner pooling"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),

@@ -34,6 +34,7 @@ class Row:
         slot: vLLM's place for it.
         prefill: its tokens when it was added: more than its prompt after a preemption.
         ratio: that it asks for, if any.
+        lora_id: its adapter's, if it has one.
     """
 
     slot: int
@@ -43,6 +44,7 @@ class Row:
     prefill: int = 0
     wants_prompt: bool = False
     ratio: float | None = None
+    lora_id: int = 0
 
 
 @dataclass
@@ -60,10 +62,12 @@ class Step:
                 prompt_logprobs=1 if row.wants_prompt else None,
                 extra_args=None if row.ratio is None else {KEY: row.ratio},
             )
+            lora = SimpleNamespace(lora_int_id=row.lora_id) if row.lora_id else None
             request = SimpleNamespace(
                 req_id=f"request {row.slot}",
                 prompt_token_ids=[100 + row.slot] * row.prompt,
                 sampling_params=params,
+                lora_request=lora,
             )
             self.facts.add(row.slot, request, CONFIG)
 
@@ -184,6 +188,23 @@ def test_each_request_skips_in_as_many_layers_as_its_ratio_takes(form: str) -> N
     assert batch is not None
     assert batch.num_selective is not None
     assert batch.num_selective.tolist() == [2, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("form", ["0.26", "0.32"])
+def test_each_request_has_the_adapter_that_is_loaded_as_its_own(form: str) -> None:
+    step = Step([Row(slot, 0, 100, 100, lora_id=adapter) for slot, adapter in enumerate([4, 0, 9])])
+    loaded = {4: RequestFacts(1), 9: RequestFacts(1)}
+    manager = SimpleNamespace(list_adapters=lambda: loaded)
+    batch = batch_of_v2(step.inputs(form), step.states, step.facts, manager)
+    assert batch is not None
+    assert batch.adapter is not None
+    assert batch.adapter[1] == 0
+    assert len(set(batch.adapter.tolist())) == 3
+    # In the place of one that had an adapter.
+    later = Step([replace(row, lora_id=0) for row in step.rows], step.facts)
+    batch = batch_of_v2(later.inputs(form), later.states, later.facts, manager)
+    assert batch is not None
+    assert batch.adapter is None
 
 
 GUESSES = 3
@@ -328,7 +349,10 @@ def test_a_requests_part_in_a_comparison_is_known_from_its_beginning() -> None:
     for slot, extra in ((1, None), (2, rerun_args("a"))):
         params = SimpleNamespace(prompt_logprobs=None, extra_args=extra)
         request = SimpleNamespace(
-            req_id=f"request {slot}", prompt_token_ids=[5] * 100, sampling_params=params
+            req_id=f"request {slot}",
+            prompt_token_ids=[5] * 100,
+            sampling_params=params,
+            lora_request=None,
         )
         facts.add(slot, request, config)
     assert facts.shadow[1:3] == [Shadow("request 1", False), Shadow("a", True)]

@@ -4,6 +4,7 @@ from collections import defaultdict
 from typing import Any
 
 import pytest
+from vllm.lora.request import LoRARequest
 from vllm.v1.request import RequestStatus
 
 from orthorank_vllm.engine import shadow_runs
@@ -67,6 +68,15 @@ def test_each_prompt_is_run_once_more_from_its_first_token(
     # The last is not longer than its tail and position 0.
     assert sorted(reruns(server).values()) == [200, 300]
     assert server.serve(LONG[:300]) == 256
+
+
+def test_prompts_with_an_adapter_are_left_out(model_path: str) -> None:
+    server = started(model_path)
+    server.add(LONG[:200], lora_request=LoRARequest("one", 1, "/nowhere"))
+    server.add(LONG[:300])
+    server.run()
+    drain(server)
+    assert list(reruns(server).values()) == [300]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

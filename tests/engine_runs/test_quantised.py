@@ -77,7 +77,7 @@ def mean(first, second):
 
 sparse = served()
 orthorank = engine.model.orthorank
-[slot], _ = orthorank._sinks.reserve(prompt[:1])
+[slot], _ = orthorank._sinks.reserve([(prompt[0], 0)])
 met = orthorank._sinks.rows[:, slot]
 scored = [layer for layer, keep in rule["layers"] if keep]
 recomputed = sink_states(orthorank._decoder, scored, torch.tensor(prompt[:1]))[:, 0]

@@ -38,7 +38,7 @@ def stage(start, end):
     parts = {"layers": held, "config": whole.config, "norm": PPMissingLayer()}
     if end == len(held):
         parts["norm"] = whole.norm
-    parts["embed_input_ids"] = whole.embed_input_ids if start == 0 else None
+    parts["embed_tokens"] = whole.embed_tokens if start == 0 else None
     made = SparsePrefill(engine.llm.llm_engine.vllm_config, SimpleNamespace(**parts))
     made._counter = None
     made.use_layers(orthorank.config)

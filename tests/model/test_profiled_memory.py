@@ -84,7 +84,7 @@ class Model:
             last_layer=LAYERS - 1,
             is_first=True,
             is_last=True,
-            embed=lambda tokens: torch.randn(len(tokens), HIDDEN),
+            embed=lambda tokens, adapters: torch.randn(len(tokens), HIDDEN),
         )
         self.selective = {
             index: SelectiveLayer(index - 1, index - 1 if keep else None, stand_in=stand_in())

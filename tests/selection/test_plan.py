@@ -157,7 +157,7 @@ def test_only_requests_with_candidates_need_a_sink_and_it_is_in_the_batch_with_p
     plan = plan_of((0, 9, 9), (0, 3, 3), (4, 6, 40), (0, 5, 80), tail=3)
     assert plan.requests.tolist() == [0, 2, 3]
     assert plan.sink_row.tolist() == [0, -1, 18]
-    assert plan.first_token.tolist() == [100, 102, 103]
+    assert plan.batch.first_token[plan.requests].tolist() == [100, 102, 103]
 
 
 def test_only_sampled_rows_are_read() -> None:

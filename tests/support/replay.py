@@ -30,7 +30,7 @@ IDLE_STEPS = 1000
 class Job:
     """One request to the engine and what came back of it.
 
-    `ratio`: what it asks for, if anything.
+    `ratio`: what it asks for, if anything; `lora`: its adapter, vLLM's `LoRARequest`.
     """
 
     prompt: list[int]
@@ -38,6 +38,7 @@ class Job:
     arrives: int = 0
     want_prompt_logprobs: bool = True
     ratio: float | None = None
+    lora: Any = None
     output: Any = None
 
     @property
@@ -170,7 +171,7 @@ class Engine:
                         extra_args=None if job.ratio is None else {"orthorank_ratio": job.ratio},
                     )
                     prompt: Any = {"prompt_token_ids": job.prompt}
-                    name = engine.add_request(external, prompt, params)
+                    name = engine.add_request(external, prompt, params, lora_request=job.lora)
                     names[external] = job
                     run.jobs[name] = job
                 self.scheduler.max_num_scheduled_tokens = (

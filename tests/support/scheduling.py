@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import (
@@ -92,6 +93,7 @@ class Server:
         max_tokens: int = 1,
         priority: int = 0,
         cache_salt: str | None = None,
+        lora_request: LoRARequest | None = None,
         **params: Any,
     ) -> Request:
         """A request that waits."""
@@ -102,6 +104,7 @@ class Server:
             block_hasher=self._hasher,
             priority=priority,
             cache_salt=cache_salt,
+            lora_request=lora_request,
         )
         self.prompt_len[name], self.reused[name], self.parts[name] = len(prompt), [], []
         self.scheduler.add_request(request)

@@ -80,7 +80,7 @@ def _by_kernels(*_: Any) -> Any:
     return SegmentedTopKTriton
 
 
-def _lost_states(decoder: Any, scored: Any, tokens: torch.Tensor) -> torch.Tensor:
+def _lost_states(decoder: Any, scored: Any, tokens: torch.Tensor, _: Any) -> torch.Tensor:
     return torch.zeros(1, len(tokens), HIDDEN)
 
 
