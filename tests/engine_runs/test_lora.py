@@ -89,6 +89,8 @@ engine = Engine(
 engine.use(rule)
 found = {"chunked": 0, "cached": 0, "mixed": 0, "lost": 0}
 from orthorank_vllm.model import forward as module
+from orthorank_vllm.offline import worker_calls
+from orthorank_vllm.selection.method import Method
 recompute = module.recompute_sinks
 def recomputed(*given):
     found["lost"] += len(given[3])
@@ -131,6 +133,13 @@ for lora in (loras[1], other, loras[1]):
     place = places.index(1)
     assert place == 0
 
+# What a calibration at start-up measures; the last step's rows had an adapter.
+[[score]] = engine.core.model_executor.collective_rpc(
+    worker_calls.score_texts, args=([prompts[0]], [1], {}, Method(), False)
+)
+of_base = references[None, 0.0].start(prompts[0]).forward(0, len(prompts[0]))
+of_base = float(of_base[:-1].gather(1, torch.tensor(prompts[0][1:])[:, None]).sum())
+
 dense = jobs_of(loras, 8, ratio=0.0)
 engine.llm.reset_prefix_cache()
 engine.run(dense)
@@ -140,6 +149,7 @@ as_stock = jobs_of(loras, 8)
 stock.run(as_stock)
 answer({
     "crowd": crowd, "apart": apart, **found, "swapped": swapped, "reused": reused,
+    "measured": score.log_prob - of_base,
     "dense": [told(job) for job in dense], "stock": [told(job) for job in as_stock],
 })
 """
@@ -201,6 +211,10 @@ def test_an_adapter_that_takes_anothers_place_is_not_given_its_sinks(
 ) -> None:
     assert answer["reused"][0] == 0 < answer["reused"][2]
     assert max(answer["swapped"]) < TOLERANCE
+
+
+def test_what_is_measured_beside_adapters_is_the_base_model(answer: dict[str, Any]) -> None:
+    assert abs(answer["measured"]) < TOLERANCE
 
 
 def test_dense_requests_with_adapters_are_stock_vllms(answer: dict[str, Any]) -> None:
