@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from orthorank_vllm.compat import V2_SEAMS
 from tests.support.scripts import Script
 
 pytestmark = pytest.mark.model
@@ -60,6 +61,12 @@ def test_the_runners_are_vllms_two(of_v1: Any, of_v2: Any) -> None:
         assert of_v2[kind]["runner"] == "vllm.v1.worker.cpu.model_runner"
 
 
+def test_v2s_names_in_vllm_are_checked_where_it_runs(of_v1: Any, of_v2: Any) -> None:
+    """Break seen: on NVIDIA's GPUs alone."""
+    assert set(V2_SEAMS) <= set(of_v2["on CPU"]["checked"])
+    assert not set(V2_SEAMS) & set(of_v1["on CPU"]["checked"])
+
+
 @pytest.mark.parametrize(
     ("kind", "case"),
     [*(("on CPU", case) for case in ON_CPU), *(("as on a GPU", case) for case in AS_ON_GPU)],
@@ -67,6 +74,7 @@ def test_the_runners_are_vllms_two(of_v1: Any, of_v2: Any) -> None:
 def test_every_token_and_log_probability_is_v1s(
     of_v1: Any, of_v2: Any, kind: str, case: str
 ) -> None:
+    """Break seen: the length at which a request was added for that of its prompt."""
     expected, found = of_v1[kind][case], of_v2[kind][case]
     assert found["counts"] == expected["counts"]
     assert found["counts"]["token_updates_skipped"] > 0

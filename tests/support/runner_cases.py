@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from orthorank_vllm.compat import worker_seams
 from tests.support.models import SIZES, write_random
 from tests.support.reference import Rule, with_stand_ins
 from tests.support.replay import Engine, Job, counted
@@ -126,12 +127,14 @@ def cut_anywhere(folder: str) -> dict[str, Any]:
         )
     ]
     found = {"crowd": cases.serve(crowd, budgets=(100, 64, 140)), **cases.found_and_lost()}
-    if cases.engine.llm.llm_engine.vllm_config.use_v2_model_runner:
-        found["scored"] = cases.scored_twice()
     for name, rule in RULES.items():
         cases.engine.use(rule)
         found[name] = cases.serve([Job(cases.words(100), 1, 0, True, ALL_LAYERS)], budgets=(75,))
     found["runner"] = type(cases.engine.runner).__module__
+    found["checked"] = worker_seams()
+    # Last, as V1's process draws no tokens for it.
+    if cases.engine.llm.llm_engine.vllm_config.use_v2_model_runner:
+        found["scored"] = cases.scored_twice()
     cases.engine.close()
     return found
 
