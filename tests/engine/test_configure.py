@@ -238,6 +238,15 @@ def test_a_stock_configuration_is_supported(vllm_config: VllmConfig) -> None:
     check_supported(vllm_config)
 
 
+def test_adapters_are_supported_but_for_those_of_experts(model_path: str, tmp_path: Path) -> None:
+    lora = {"enable_lora": True, "skip_tokenizer_init": True}
+    dense = configured(model_path, {"layers": [3]}, **lora)
+    assert dense.lora_config is not None
+    experts = write_random("Mixtral", tmp_path)
+    with pytest.raises(OptionError, match="--enable-lora with a mixture of experts: not possible"):
+        configured(experts, {"layers": [3]}, **lora)
+
+
 def test_n_gram_speculation_is_supported(model_path: str) -> None:
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
     configured(model_path, {"ratio": 0.3}, speculative_config=ngram)

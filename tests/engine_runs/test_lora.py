@@ -196,7 +196,10 @@ def answer(given: list[Any]) -> Any:
 def test_each_request_of_a_batch_is_answered_as_by_its_adapters_merged_model(
     answer: dict[str, Any],
 ) -> None:
-    """In chunks, from the prefix cache, and where the state of its first token was lost."""
+    """In chunks, from the prefix cache, and where the state of its first token was lost.
+
+    Break seen: one state of a first token for all adapters.
+    """
     counted = {name: answer[name] for name in ("chunked", "cached", "mixed", "lost")}
     assert min(counted.values()) > 3, counted
     assert answer["apart"] > 100 * TOLERANCE, "adapters so dull that nothing could be seen"
@@ -222,6 +225,7 @@ def test_dense_requests_with_adapters_are_stock_vllms(answer: dict[str, Any]) ->
 
 
 def test_adapters_are_added_up_over_tensor_parallel_ranks(given: list[Any]) -> None:
+    """Break seen: the narrow product added up over the ranks by itself."""
     worst, compared, margin = Script(COMMON + PARALLEL, *given).answer
     assert compared >= 10
     assert margin > SAFE_MARGIN
