@@ -129,10 +129,11 @@ class SparsePrefill:
             dtype=self._dtype,
             device=self._device,
         )
-        metrics = self._counter and self._counter.metrics
+        metrics = None if self._counter is None else self._counter.metrics
         if metrics is not None:
             metrics.tell(config)
-        self.shadow_rows = ShadowRows(metrics and metrics.shadow) if config.shadow else None
+        if config.shadow:
+            self.shadow_rows = ShadowRows(None if metrics is None else metrics.shadow)
         if metrics is None:
             return
         logger.info("%s, attention: %s", config.describe(), self.attention.description)
