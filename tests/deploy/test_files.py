@@ -36,7 +36,7 @@ def test_the_compose_file_is_valid(gpu: bool) -> None:
 
 
 def test_prometheus_takes_the_alerts() -> None:
-    assert "8 rules found" in tool("promtool", "check", "rules", ALERTS)
+    assert "9 rules found" in tool("promtool", "check", "rules", ALERTS)
 
 
 def test_each_alert_fires_when_it_should_and_only_then() -> None:

@@ -31,7 +31,7 @@ def server(small_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> I
     options = ["--orthorank-layers", "4:0,1:1/3,3:1/4", "--orthorank-ratio", "0.3"]
     options += ["--orthorank-max-ratio", "0.4", "--orthorank-shadow", "0.3", "--enforce-eager"]
     options += ["--max-model-len", "512", "--max-num-seqs", "16"]
-    options += ["--block-size", "32", "--num-gpu-blocks-override", "24"]
+    options += ["--block-size", "32", "--num-gpu-blocks-override", "20"]
     with serving(small_model_path, folder, *options) as running:
         yield running
 
