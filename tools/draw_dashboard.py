@@ -69,7 +69,7 @@ def told(value: float, settings: dict[str, Any]) -> str:
         option = mapping["options"].get(f"{value:g}")
         if option:
             return str(option["text"])
-    unit = settings.get("unit", "")
+    unit = settings.get("unit", "none").removesuffix("none")
     decimals = settings.get("decimals")
     if unit == "percentunit":
         return f"{value:.{1 if decimals is None else decimals}%}"
@@ -89,7 +89,7 @@ def draw_lines(axes: Any, series: Series, settings: dict[str, Any]) -> None:
     # Room for the legend above the lines.
     finite = [value for *_, values in series for value in values if math.isfinite(value)]
     highest = max(finite, default=0.0) or 1.0
-    axes.set_ylim(bottom=0, top=settings.get("max") or 1.3 * highest)
+    axes.set_ylim(bottom=0, top=settings.get("max") or 1.6 * highest)
     axes.yaxis.set_major_locator(_few_ticks())
     axes.yaxis.set_major_formatter(lambda value, _: told(value, {**settings, "decimals": None}))
     axes.set_xlabel("minutes", fontsize=6, color=FAINT, labelpad=1)
