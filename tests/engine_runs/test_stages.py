@@ -49,6 +49,7 @@ def skipped_by(plan, outcome):
 
 class Pipeline:
     needs_profile_run = needs_warm_up = False
+    shadow_rows = None
 
     def __init__(self, first_of_second):
         self.stages = [stage(0, first_of_second), stage(first_of_second, len(whole.layers))]
@@ -63,7 +64,7 @@ class Pipeline:
         assert first.forced_rows.tolist() == second.forced_rows.tolist()
         return first, second
 
-    def forward(self, plans, input_ids, positions, _):
+    def forward(self, plans, input_ids, positions, *_):
         first, second = self.stages
         sent = first.forward(plans[0], input_ids, positions, None)
         sent = IntermediateTensors({key: value.clone() for key, value in sent.items()})
