@@ -47,6 +47,9 @@ def stage(start, end):
 def skipped_by(plan, outcome):
     return sum(plan.num_tokens - quota.num_selected for quota in outcome.quotas.values())
 
+class Plans(tuple):
+    batch = property(lambda self: self[0].batch)
+
 class Pipeline:
     needs_profile_run = needs_warm_up = False
     shadow_rows = None
@@ -62,7 +65,7 @@ class Pipeline:
         if first is None:
             return None
         assert first.forced_rows.tolist() == second.forced_rows.tolist()
-        return first, second
+        return Plans((first, second))
 
     def forward(self, plans, input_ids, positions, *_):
         first, second = self.stages
