@@ -109,6 +109,7 @@ class Prefill:
     """What a model asks its OrthoRank part for."""
 
     needs_warm_up, needs_profile_run, has_cache, compiled = True, False, False, 0
+    shadow_rows = None
 
     def warm_up(self) -> None:
         self.compiled += self.has_cache
