@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
 import time
 from typing import Any
 
-from orthorank_vllm.bench.servers import ENVIRONMENT
+from orthorank_vllm.bench.servers import use_one_process
 
 # Layers that choose: where all keep nothing, chunks end anywhere in any case.
 LAYERS = "29,28,26,25,20,27,22,24,3"
 LENGTHS = (64, 1900)
 ANSWER = 16
-ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 class Engine:
@@ -107,8 +105,7 @@ def main() -> None:
     parser.add_argument("--layers", default=LAYERS, help="OrthoRank's (default: %(default)s)")
     arguments = parser.parse_args()
     budgets = [int(budget) for budget in arguments.budgets.split(",")]
-    for name, value in {**ENVIRONMENT, **ONE_PROCESS}.items():
-        os.environ.setdefault(name, value)
+    use_one_process()
     engine = Engine(arguments.model, max(budgets), arguments.layers)
     results = [compare(engine, budget, arguments.requests, arguments.pairs) for budget in budgets]
     for result in results:

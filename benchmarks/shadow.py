@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
 import time
 from dataclasses import replace
 from typing import Any
 
-from orthorank_vllm.bench.servers import ENVIRONMENT
+from orthorank_vllm.bench.servers import use_one_process
 
-ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 ANSWER = 16
 AT_ONCE = 4
 
@@ -101,8 +99,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="of their prompts")
     parser.add_argument("--pairs", type=int, default=3, help="of runs")
     arguments = parser.parse_args()
-    for name, value in {**ENVIRONMENT, **ONE_PROCESS}.items():
-        os.environ.setdefault(name, value)
+    use_one_process()
     engine = Engine(arguments.model, arguments.ratio)
     all_told: dict[float, dict[str, list[float]]] = {0.0: {}, 1.0: {}}
     for pair in range(-1, arguments.pairs):

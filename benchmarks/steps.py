@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import statistics
@@ -27,15 +26,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orthorank_vllm.bench.servers import ENVIRONMENT
+from orthorank_vllm.bench.servers import use_one_process
 
 RATIO = 0.3
 BATCHES = (1, 8, 64)
 DECODED = 64
 DECODE_PROMPT = 32
 WARM_UPS = 2
-# The engine in this process, where the clocks are.
-ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 # Configurations of models, to be run with random weights: a speed does not depend on their values.
 # The context may be longer than the model's own.
 SHAPES = {path.stem: path for path in Path(__file__).parent.glob("*.json")}
@@ -283,8 +280,7 @@ def main() -> None:
         parser.error("give either a model or --shapes")
     lengths = [int(length) for length in arguments.lengths.split(",")]
     arguments.attention = arguments.attention.split(",")
-    for name, value in {**ENVIRONMENT, **ONE_PROCESS}.items():
-        os.environ.setdefault(name, value)
+    use_one_process()
     with tempfile.TemporaryDirectory() as folder:
         engine = start(arguments, lengths, folder)
     results: dict[str, Any] = {

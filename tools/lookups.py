@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 from dataclasses import dataclass
 from typing import Any
 
-from orthorank_vllm.bench.servers import ENVIRONMENT
+from orthorank_vllm.bench.servers import use_one_process
 from orthorank_vllm.calibrate.kinds import make_samples
 from orthorank_vllm.calibrate.text import Text, built_in_text, read_text
-
-QUIET = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=60, help="of look-ups")
     parser.add_argument("--data", help="text for words and paragraphs (default: Python's own)")
     arguments = parser.parse_args()
-    for name, value in {**ENVIRONMENT, **QUIET}.items():
-        os.environ.setdefault(name, value)
+    use_one_process()
     from transformers import AutoTokenizer
 
     text = read_text(arguments.data) if arguments.data else built_in_text()

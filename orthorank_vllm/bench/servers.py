@@ -28,6 +28,14 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+# The engine in the process that asks for it, where its parts can be seen, and quiet.
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+
+
+def use_one_process() -> None:
+    """Prepare this process for an engine in it, unless the user chose otherwise."""
+    for name, value in {**ENVIRONMENT, **ONE_PROCESS}.items():
+        os.environ.setdefault(name, value)
 
 
 class ServerError(RuntimeError):

@@ -33,8 +33,7 @@ class ShadowStep(NamedTuple):
     @classmethod
     def of(cls, batch: Batch, shadows: Iterable[tuple[int, Shadow | None]]) -> "ShadowStep":
         """One step's, by the index of each request that may have a part in it."""
-        first_row = np.cumsum(batch.query_len) - batch.query_len
-        last_row = first_row + batch.prompt_len - 1 - batch.num_computed
+        last_row = batch.first_row + batch.prompt_len - 1 - batch.num_computed
         ends: dict[int, Shadow] = {}
         rerun_tokens = 0
         for index, shadow in shadows:
@@ -42,7 +41,7 @@ class ShadowStep(NamedTuple):
                 continue
             if shadow.is_rerun:
                 rerun_tokens += int(batch.prompt_tokens[index])
-            if last_row[index] < first_row[index] + batch.query_len[index]:
+            if last_row[index] < batch.first_row[index] + batch.query_len[index]:
                 ends[int(last_row[index])] = shadow
         return cls(ends, rerun_tokens)
 
@@ -77,9 +76,9 @@ class RequestFacts:
         params = request.sampling_params
         self.wants_prompt[slot] = any(getattr(params, name, None) is not None for name in SCORING)
         self.num_selective[slot] = num_selective(config, params)
-        prompt_len = len(request.prompt_token_ids)
-        self.shadow[slot] = shadow_of(config, request.req_id, params, prompt_len)
-        self.lora_id[slot] = request.lora_request.lora_int_id if request.lora_request else 0
+        prompt_len, lora = len(request.prompt_token_ids), request.lora_request
+        self.shadow[slot] = shadow_of(config, request.req_id, params, prompt_len, lora)
+        self.lora_id[slot] = lora.lora_int_id if lora else 0
 
 
 def batch_of_v2(
@@ -163,8 +162,11 @@ def shadow_step_of_v1(runner: Any, batch: Batch, config: OrthoRankConfig) -> Sha
     names = runner.input_batch.req_ids
 
     def shadow(index: int) -> Shadow | None:
-        params = runner.requests[names[index]].sampling_params
-        return shadow_of(config, names[index], params, int(batch.prompt_len[index]))
+        request = runner.requests[names[index]]
+        prompt_len = int(batch.prompt_len[index])
+        return shadow_of(
+            config, names[index], request.sampling_params, prompt_len, request.lora_request
+        )
 
     in_prompt = np.flatnonzero(batch.prompt_tokens).tolist()
     return ShadowStep.of(batch, ((index, shadow(index)) for index in in_prompt))

@@ -33,12 +33,18 @@ def rerun_args(original: str) -> dict[str, Any]:
 
 
 def shadow_of(
-    config: OrthoRankConfig, request_id: str, params: Any, prompt_len: int
+    config: OrthoRankConfig,
+    request_id: str,
+    params: Any,
+    prompt_len: int,
+    lora_request: Any = None,
 ) -> Shadow | None:
     """A request's part, None where it has none.
 
     Args:
         params: vLLM's `SamplingParams`.
+        lora_request: vLLM's; with one it has none, as logits are compared as the base model makes
+            them.
     """
     if not config.shadow:
         return None
@@ -47,7 +53,7 @@ def shadow_of(
         return Shadow(original[0], is_rerun=True)
     # Position 0 and the tail are computed in any case.
     may_skip = prompt_len > config.tail + 1 and not is_dense(config, params)
-    is_drawn = may_skip and _draw(request_id) < config.shadow
+    is_drawn = may_skip and lora_request is None and _draw(request_id) < config.shadow
     return Shadow(request_id, is_rerun=False) if is_drawn else None
 
 

@@ -166,11 +166,14 @@ class ShadowRuns:
         # Of a prompt that comes in parts none is the whole, and its last one is no request.
         comes_in_parts = getattr(request, "resumable", False)
         has_ids = request.prompt_token_ids is not None
-        # Logits are compared as the base model makes them.
-        if request.lora_request or not is_there or comes_in_parts or not has_ids:
+        if not is_there or comes_in_parts or not has_ids:
             return
         if shadow_of(
-            self._config, request.request_id, request.sampling_params, request.num_prompt_tokens
+            self._config,
+            request.request_id,
+            request.sampling_params,
+            request.num_prompt_tokens,
+            request.lora_request,
         ):
             self._watched[request.request_id] = request
 

@@ -55,6 +55,12 @@ def test_nothing_is_drawn_of_which_nothing_may_be_skipped(
     assert shadow_of(config, "a", params(**extra), length) is None
 
 
+def test_a_prompt_with_an_adapter_is_not_drawn() -> None:
+    config = replace(CONFIG, shadow=1.0)
+    assert shadow_of(config, "a", params(), LONG) is not None
+    assert shadow_of(config, "a", params(), LONG, lora_request=object()) is None
+
+
 def test_a_rerun_says_whose_it_is_and_no_client_can_say_so() -> None:
     """What comes as JSON, or from another process, is a list or a text."""
     told = rerun_args("a")

@@ -40,7 +40,7 @@ class Choices:
         assert plan is not None
         is_chosen = np.isin(plan.candidates, rows.numpy())
         index = plan.requests[plan.request]
-        first_row = np.cumsum(plan.batch.query_len) - plan.batch.query_len
+        first_row = plan.batch.first_row
         positions = plan.batch.num_computed[index] + plan.candidates - first_row[index]
         names = self._runner.input_batch.req_ids
         for place, position, is_one in zip(index, positions.tolist(), is_chosen, strict=True):
