@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,25 @@ def read_environment() -> None:
 
 # vLLM's logger holds on to a stream that pytest has closed by then.
 logging.raiseExceptions = False
+
+
+class _Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def log_lines() -> Iterator[list[str]]:
+    """What the test has our logger say; vLLM's own hands nothing on to pytest's."""
+    handler = _Lines()
+    logger = logging.getLogger("vllm.orthorank")
+    logger.addHandler(handler)
+    yield handler.lines
+    logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Which scheduler an engine gets, and how much room in a step it must have."""
 
-import logging
 from typing import Any
 
 import pytest
@@ -77,14 +76,12 @@ class UsersScheduler(Scheduler):
 
 @pytest.mark.parametrize("given", [UsersScheduler, f"{__name__}.UsersScheduler"])
 def test_a_scheduler_given_by_hand_stays_and_one_line_says_what_that_means(
-    model_path: str, caplog: pytest.LogCaptureFixture, given: Any
+    model_path: str, log_lines: list[str], given: Any
 ) -> None:
-    with caplog.at_level(logging.WARNING, "vllm.orthorank"):
-        logging.getLogger("vllm.orthorank").addHandler(caplog.handler)
-        config = configured(model_path, CHOOSES, scheduler_cls=given, max_num_batched_tokens=32)
+    config = configured(model_path, CHOOSES, scheduler_cls=given, max_num_batched_tokens=32)
     assert config.scheduler_config.get_scheduler_cls().__name__ == "UsersScheduler"
     assert not resolved(config).is_aligned
-    [line] = {record.getMessage() for record in caplog.records if "aligned" in record.msg}
+    [line] = {line for line in log_lines if "aligned" in line}
     assert "UsersScheduler ends chunks of prompts anywhere" in line
     assert f"Derive it from {SCHEDULER}, or leave it out" in line
 

@@ -1,12 +1,11 @@
 """What goes wrong with the files, and that vLLM's metrics are served and counting goes on."""
 
-import logging
 import multiprocessing
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,15 +30,6 @@ from tests.metrics.breaks import (
 
 LABELS = {"model_name": "m", "engine": "0"}
 IS_ROOT = os.geteuid() == 0
-
-
-@pytest.fixture
-def warnings(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[], list[str]]:
-    # vLLM's logger hands nothing on.
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    return lambda: [record.getMessage() for record in caplog.records]
 
 
 class Setting:
@@ -113,7 +103,7 @@ def each_of(faults: Sequence[Fault]) -> pytest.MarkDecorator:
 
 @each_of([*BREAKS, remove_the_folder])
 def test_a_broken_file_takes_nothing_of_vllms_down_and_the_log_says_why(
-    setting: Setting, warnings: Callable[[], list[str]], fault: Fault
+    setting: Setting, log_lines: list[str], fault: Fault
 ) -> None:
     """Break seen: prometheus-client's own collector, which raised for most of these."""
     working = worker()
@@ -124,7 +114,7 @@ def test_a_broken_file_takes_nothing_of_vllms_down_and_the_log_says_why(
     for _ in range(3):
         assert setting.up == 0
         assert setting.told() is None
-    [line] = warnings()
+    [line] = log_lines
     assert "orthorank_up 0" in line
     assert os.fspath(setting.path) in line
     assert file.name in line or fault in (remove, remove_the_folder)
@@ -220,7 +210,7 @@ def test_another_users_folder_in_the_place_of_ours_is_not_read(setting: Setting)
 
 
 def test_a_full_disk_costs_no_count(
-    small_disk: Path, monkeypatch: pytest.MonkeyPatch, warnings: Callable[[], list[str]]
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
 ) -> None:
     """Break seen: a sparse file mapped, and the worker died of SIGBUS."""
     setting = Setting(small_disk / "counts")
@@ -231,7 +221,7 @@ def test_a_full_disk_costs_no_count(
     for _ in range(3):
         count(working)
         working.look_after()
-    [line] = warnings()
+    [line] = log_lines
     assert "No space left on device" in line
     assert (setting.up, setting.told()) == (0, None)
     (small_disk / "filler").unlink()
@@ -252,7 +242,7 @@ def test_a_disk_that_fills_up_later_changes_nothing(
 
 
 def test_a_cause_is_told_once_a_minute(
-    setting: Setting, warnings: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+    setting: Setting, log_lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker()
     empty(setting.file)
@@ -261,12 +251,12 @@ def test_a_cause_is_told_once_a_minute(
     for second in range(130):
         seconds += 1
         assert setting.up == 0
-        assert len(warnings()) == 1 + second // 60
+        assert len(log_lines) == 1 + second // 60
     # Another cause has its own line.
     cut_in_its_header(setting.file)
     overwrite(setting.file)
     assert setting.up == 0
-    assert len(warnings()) == 4
+    assert len(log_lines) == 4
 
 
 def test_a_mistake_of_our_own_takes_nothing_of_vllms_down(
