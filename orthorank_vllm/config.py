@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from orthorank_vllm.options import MAX_RATIO, RATIO, LayerKeep
+from orthorank_vllm.options import MAX_RATIO, RATIO, LayerKeep, Option
 from orthorank_vllm.profiles import Cost, MeasuredRule, Profile
 from orthorank_vllm.selection.borders import Borders
 
@@ -101,6 +101,11 @@ class OrthoRankConfig:
     def most_asked(self) -> float | None:
         """The ratio that the layers are to reach; None where no number was given."""
         return self.ratio_asked if self.max_ratio is None else self.max_ratio
+
+    @property
+    def most_asked_option(self) -> Option:
+        """The one that `most_asked` was given by."""
+        return RATIO if self.max_ratio is None else MAX_RATIO
 
     @property
     def is_auto(self) -> bool:
@@ -269,8 +274,7 @@ class OrthoRankConfig:
         most = int(self.num_layers * (1 - UNMEASURED_DENSE))
         count = math.ceil(self.most_asked * self.num_layers / (1 - keep) - 1e-9)
         if count > most:
-            option = RATIO if self.max_ratio is None else MAX_RATIO
-            raise option.rejected(
+            raise self.most_asked_option.rejected(
                 self.most_asked,
                 f"it needs {count} selective layers, and of layers that are not measured "
                 f"({reason}) only the last {most} of this model's {self.num_layers} may be; "

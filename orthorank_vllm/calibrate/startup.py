@@ -14,7 +14,7 @@ from typing import Any
 
 from orthorank_vllm.calibrate.calibration import Calibration, Course, measurements_of
 from orthorank_vllm.calibrate.search import NothingToTell
-from orthorank_vllm.calibrate.text import built_in_text, held_back_text
+from orthorank_vllm.calibrate.text import BUILT_IN, built_in_text, held_back_text
 from orthorank_vllm.compat import cache_root
 from orthorank_vllm.config import CALIBRATION_OFF, OrthoRankConfig
 from orthorank_vllm.engine.stores import with_maker
@@ -95,6 +95,8 @@ def _chosen(
             return config.with_profile(known)
         if not config.calibrate_seconds:
             return config.unmeasured(*CALIBRATION_OFF)
+        if known is not None and known.path == path and _text_of(known) != BUILT_IN:
+            return _as_far_as(known, config)
         what = "this model"
         if kept_profiles(root, model["config_sha256"], config.rule):
             what = "these weights (what is kept is of others, or reaches a lower ratio)"
@@ -114,6 +116,26 @@ def _is_enough(profile: Profile, config: OrthoRankConfig) -> bool:
     # The ratio is to be found, and may lie beyond what was measured for a lower one.
     is_within = len(config.with_profile(profile).layers) == len(profile.entries)
     return not is_within or max(profile.ratios, default=0.0) > MOST_BY_ITSELF - 1e-9
+
+
+def _text_of(profile: Profile) -> str | None:
+    return (profile.data or {}).get("calibration", {}).get("name")
+
+
+def _as_far_as(profile: Profile, config: OrthoRankConfig) -> OrthoRankConfig:
+    """What a user's own measurement gives: one at start-up, on other text, never takes its place.
+
+    Raises:
+        OptionError: it does not reach the ratio that was asked for.
+    """
+    if config.most_asked is None:
+        return config.with_profile(profile)
+    raise config.most_asked_option.rejected(
+        config.most_asked,
+        f"the profile kept for these weights, measured on {_text_of(profile)}, reaches "
+        f"{max(profile.ratios, default=0.0):.3f}; ask for at most that, go on measuring with "
+        f"`orthorank calibrate --data … --max-ratio …`, or delete {profile.path}",
+    )
 
 
 def _calibrated(
