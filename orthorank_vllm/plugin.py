@@ -222,11 +222,11 @@ def _show_metrics_of_several_servers() -> None:
 
 
 def _register_architectures() -> None:
-    # vLLM's documented interface; the names resolve in __getattr__ below.
+    # vLLM's documented interface; the package hands the names on to __getattr__ below.
     from vllm.model_executor.models import ModelRegistry
 
     for architecture in (*ORTHORANK_OF.values(), *MEASURED_OF.values()):
-        ModelRegistry.register_model(architecture, f"{__name__}:{architecture}")
+        ModelRegistry.register_model(architecture, f"orthorank_vllm:{architecture}")
 
 
 def __getattr__(name: str) -> Any:

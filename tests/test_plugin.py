@@ -1,13 +1,16 @@
 """What `register` does to vLLM, and what stops the start-up."""
 
+import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import ModelRegistry
 
 from orthorank_vllm import plugin
+from orthorank_vllm.engine import models
 from orthorank_vllm.model.architectures import MEASURED_OF, ORTHORANK_OF
 
 
@@ -23,6 +26,17 @@ def test_the_architectures_are_known_to_vllm() -> None:
     known = ModelRegistry.get_supported_archs()
     assert set(ORTHORANK_OF) < set(known)
     assert {*ORTHORANK_OF.values(), *MEASURED_OF.values()} < set(known)
+
+
+def test_what_vllm_keeps_of_a_class_ends_with_any_change_of_ours() -> None:
+    """Break seen: known by `plugin.py` alone, an upgrade's new abilities stayed refused."""
+    plugin.register()
+    registered = ModelRegistry.models["OrthoRankLlamaForCausalLM"]
+    spec = importlib.util.find_spec(registered.module_name)
+    assert spec is not None
+    origin = Path(str(spec.origin))
+    assert origin.name == "__init__.py"
+    assert origin.parent in Path(models.__file__).parents
 
 
 def test_a_runner_that_would_run_without_plans_stops_the_start_up() -> None:

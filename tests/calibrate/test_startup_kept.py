@@ -54,7 +54,7 @@ def test_a_ratio_beyond_it_is_refused_and_nothing_measured_in_its_place(
 ) -> None:
     """Break seen: the start-up's own measurement, on Python's documentation, took its place."""
     before = kept.read_bytes()
-    with pytest.raises(OptionError, match="measured on mine.txt, reaches 0.100") as error:
+    with pytest.raises(OptionError, match=r"measured on mine\.txt, reaches 0\.100") as error:
         chosen(tmp_path, **options)
     assert str(error.value).startswith(flag)
     assert f"`orthorank calibrate --data … --max-ratio …`, or delete {kept}" in str(error.value)
