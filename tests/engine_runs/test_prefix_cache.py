@@ -28,7 +28,7 @@ from tests.support.replay import Engine, Job
 path, orthorank, block_size, texts, short, sizes = arguments
 engine = Engine(
     path, enforce_eager=True, max_model_len=1024, block_size=block_size, max_num_seqs=16,
-    num_gpu_blocks_override=64, logits_processors=[ForcedAnswers],
+    num_gpu_blocks_override=34, logits_processors=[ForcedAnswers],
     additional_config={"orthorank": orthorank},
 )
 
@@ -112,7 +112,7 @@ def measured(
     text_tokens: list[int],
     layers: str,
     aligned: str = "off",
-    count: int = 3,
+    count: int = 2,
     to_preempt: int = 0,
 ) -> dict[str, Any]:
     prompts = Prompts(text_tokens, seed=0)
@@ -162,7 +162,7 @@ def test_aligned_it_does_not_matter_who_filled_the_cache(
 
 @pytest.fixture(scope="module")
 def at_keep_0(model_path: str, text_tokens: list[int]) -> dict[str, Any]:
-    return measured(model_path, text_tokens, KEEP_0, to_preempt=10)
+    return measured(model_path, text_tokens, KEEP_0, to_preempt=6)
 
 
 def test_at_keep_0_a_longer_prompt_leaves_what_the_prompt_itself_would(
