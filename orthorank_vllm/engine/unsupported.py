@@ -188,7 +188,8 @@ REFUSALS = (
     Refusal(
         "multimodal input",
         lambda c: c.model_config.is_multimodal_model or None,
-        "an image has no token ids",
+        "a chunk may have to end before an image, within a window, and no plan reaches the model "
+        "inside another",
     ),
     Refusal(
         "is_causal",
