@@ -188,8 +188,8 @@ REFUSALS = (
     Refusal(
         "multimodal input",
         lambda c: c.model_config.is_multimodal_model or None,
-        "a chunk may have to end before an image, within a window, and no plan reaches the model "
-        "inside another",
+        "a chunk may have to end before an image, within a window, and an image at position 0 has "
+        "no token id of its own",
     ),
     Refusal(
         "is_causal",
