@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from orthorank_vllm.config import OrthoRankConfig
 from orthorank_vllm.engine.adapters import numbers_of
@@ -50,7 +51,8 @@ class RequestFacts:
     """What a step needs to know of each running request, by vLLM's slot for it.
 
     Attributes:
-        first_token: [slots] token id at position 0.
+        first_token: [slots] token id at position 0; any where there is an embedding instead.
+        first_embedding: that embedding, [hidden] on the host.
         wants_prompt: [slots] whether log-probabilities were asked for of its prompt's tokens, or
             of others in their places.
         num_selective: [slots] in how many layers tokens of its prompt are skipped.
@@ -60,6 +62,7 @@ class RequestFacts:
 
     def __init__(self, slots: int) -> None:
         self.first_token: Ints = np.zeros(slots, dtype=np.int64)
+        self.first_embedding: list[torch.Tensor | None] = [None] * slots
         self.wants_prompt: npt.NDArray[np.bool_] = np.zeros(slots, dtype=np.bool_)
         self.num_selective: Ints = np.zeros(slots, dtype=np.int64)
         self.shadow: list[Shadow | None] = [None] * slots
@@ -72,12 +75,16 @@ class RequestFacts:
             request: vLLM's `NewRequestData`; after a preemption it comes again.
             config: with its final layers.
         """
-        self.first_token[slot] = request.prompt_token_ids[0]
+        is_token = getattr(request, "prompt_is_token_ids", None)
+        begins_with_token = request.prompt_embeds is None or (is_token is not None and is_token[0])
+        self.first_token[slot] = request.prompt_token_ids[0] if begins_with_token else 0
+        self.first_embedding[slot] = None if begins_with_token else request.prompt_embeds[0]
         params = request.sampling_params
         self.wants_prompt[slot] = any(getattr(params, name, None) is not None for name in SCORING)
         self.num_selective[slot] = num_selective(config, params)
-        prompt_len, lora = len(request.prompt_token_ids), request.lora_request
-        self.shadow[slot] = shadow_of(config, request.req_id, params, prompt_len, lora)
+        prompt, lora = request.prompt_token_ids, request.lora_request
+        prompt_len = len(request.prompt_embeds if prompt is None else prompt)
+        self.shadow[slot] = shadow_of(config, request.req_id, request, prompt_len)
         self.lora_id[slot] = lora.lora_int_id if lora else 0
 
 
@@ -104,6 +111,11 @@ def batch_of_v2(
         wants_all_rows=bool(facts.wants_prompt[slots].any()),
         num_selective=facts.num_selective[slots],
         adapter=numbers_of(facts.lora_id[slots], lora_manager),
+        first_embedding={
+            index: embedding
+            for index in np.flatnonzero(inputs.is_prefilling_np).tolist()
+            if (embedding := facts.first_embedding[slots[index]]) is not None
+        },
     )
     return batch if batch.prompt_tokens.any() else None
 
@@ -128,17 +140,26 @@ def batch_of_v1(runner: Any, config: OrthoRankConfig) -> Batch | None:
     for index in np.flatnonzero(is_in_prompt).tolist():
         request = runner.requests[inputs.req_ids[index]]
         selective[index] = num_selective(config, request.sampling_params)
+    first_token = inputs.token_ids_cpu[:num_reqs, 0].astype(np.int64)
+    first_embedding = {
+        index: embeddings[0]
+        for index, embeddings in inputs.req_prompt_embeds.items()
+        if is_in_prompt[index] and not inputs.is_token_ids[index, 0]
+    }
+    # What is there is another request's.
+    first_token[list(first_embedding)] = 0
     return Batch(
         num_computed=num_computed.astype(np.int64),
         query_len=np.diff(runner.query_start_loc.np[: num_reqs + 1]).astype(np.int64),
         prompt_len=prompt_len.astype(np.int64),
-        first_token=inputs.token_ids_cpu[:num_reqs, 0].astype(np.int64),
+        first_token=first_token,
         wants_all_rows=bool(runner.num_prompt_logprobs),
         num_selective=selective,
         adapter=numbers_of(
             inputs.request_lora_mapping[:num_reqs],
             getattr(runner.get_model(), "lora_manager", None),
         ),
+        first_embedding=first_embedding,
     )
 
 
@@ -163,10 +184,7 @@ def shadow_step_of_v1(runner: Any, batch: Batch, config: OrthoRankConfig) -> Sha
 
     def shadow(index: int) -> Shadow | None:
         request = runner.requests[names[index]]
-        prompt_len = int(batch.prompt_len[index])
-        return shadow_of(
-            config, names[index], request.sampling_params, prompt_len, request.lora_request
-        )
+        return shadow_of(config, names[index], request, int(batch.prompt_len[index]))
 
     in_prompt = np.flatnonzero(batch.prompt_tokens).tolist()
     return ShadowStep.of(batch, ((index, shadow(index)) for index in in_prompt))

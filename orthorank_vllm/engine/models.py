@@ -59,7 +59,7 @@ class OrthoRankForCausalLM(MeasuredForCausalLM):
         if orthorank_plan is None:
             if self.orthorank.needs_profile_run and get_forward_context().attn_metadata is None:
                 adapters = no_adapters(self, len(positions), positions.device)
-                self.orthorank.profile_run(input_ids, positions, adapters)
+                self.orthorank.profile_run(input_ids, positions, adapters, inputs_embeds)
             stock: Any = super()
             states: torch.Tensor | IntermediateTensors = stock.forward(
                 input_ids, positions, intermediate_tensors, inputs_embeds
@@ -67,7 +67,12 @@ class OrthoRankForCausalLM(MeasuredForCausalLM):
         else:
             adapters = adapters_of_step(self, orthorank_plan)
             states = self.orthorank.forward(
-                orthorank_plan, input_ids, positions, intermediate_tensors, adapters
+                orthorank_plan,
+                input_ids,
+                positions,
+                intermediate_tensors,
+                adapters,
+                inputs_embeds,
             )
         if self.orthorank.shadow_rows is not None:
             self.orthorank.shadow_rows.see(states, partial(base_logits, self))

@@ -216,6 +216,7 @@ class SparsePrefill:
         positions: torch.Tensor,
         from_earlier_stage: IntermediateTensors | None,
         adapters: RowAdapters | None = None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
         """This stage's part of a forward with a plan.
 
@@ -223,6 +224,8 @@ class SparsePrefill:
             input_ids, positions: [tokens] or more, which pad them; the ids are read in the first
                 stage.
             adapters: of the tokens; None: none has one.
+            inputs_embeds: [tokens or more, hidden] what vLLM gives in place of all the ids, where
+                some prompt may come as embeddings.
 
         Returns:
             [tokens, hidden] final normalised states, right in the rows `plan.sampled_rows`;
@@ -232,7 +235,10 @@ class SparsePrefill:
         for kept in self._selective.values():
             kept.place_stand_in(self._device)
         update: torch.Tensor | None = None
-        if self._decoder.is_first:
+        if self._decoder.is_first and inputs_embeds is not None:
+            # A copy: vLLM's own is used again, and the walk uses it up.
+            residual = self._decoder.entering(inputs_embeds[: plan.num_tokens].clone())
+        elif self._decoder.is_first:
             assert input_ids is not None
             residual = self._decoder.embed(input_ids[: plan.num_tokens], adapters)
         else:
@@ -266,6 +272,7 @@ class SparsePrefill:
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
         adapters: RowAdapters | None = None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> None:
         """Run the sparse forward on dummy tokens, so that the most that it takes is measured too.
 
@@ -274,6 +281,7 @@ class SparsePrefill:
         Args:
             input_ids, positions: [tokens], as many as a forward can have.
             adapters: of these tokens, where some may have one.
+            inputs_embeds: see `forward`.
 
         Raises:
             RuntimeError: vLLM's runner would call the model without plans.
@@ -289,7 +297,7 @@ class SparsePrefill:
         ):
             plan = self.plan(batch)
             if plan is not None:
-                self.forward(plan, input_ids, positions, None, adapters)
+                self.forward(plan, input_ids, positions, None, adapters, inputs_embeds)
                 self._outcome = None
                 self._sinks.clear()
 

@@ -29,8 +29,6 @@ class _Running:
 class OrthoRankModelState(DefaultModelState):
     """vLLM's own state, and the plan of each step."""
 
-    supports_prompt_embeds = False  # asked by 0.32: an embedded prompt has no first token id
-
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: Any) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self._orthorank = model.orthorank

@@ -33,27 +33,26 @@ def rerun_args(original: str) -> dict[str, Any]:
 
 
 def shadow_of(
-    config: OrthoRankConfig,
-    request_id: str,
-    params: Any,
-    prompt_len: int,
-    lora_request: Any = None,
+    config: OrthoRankConfig, request_id: str, request: Any, prompt_len: int
 ) -> Shadow | None:
     """A request's part, None where it has none.
 
+    With an adapter it has none, as logits are compared as the base model makes them; nor where its
+    prompt is more than token ids, which is all that a re-run is given.
+
     Args:
-        params: vLLM's `SamplingParams`.
-        lora_request: vLLM's; with one it has none, as logits are compared as the base model makes
-            them.
+        request: vLLM's, as its scheduler or one of its runners has it.
     """
     if not config.shadow:
         return None
+    params = request.sampling_params
     original = (getattr(params, "extra_args", None) or {}).get(ORIGINAL)
     if isinstance(original, tuple):
         return Shadow(original[0], is_rerun=True)
     # Position 0 and the tail are computed in any case.
     may_skip = prompt_len > config.tail + 1 and not is_dense(config, params)
-    is_drawn = may_skip and lora_request is None and _draw(request_id) < config.shadow
+    can_rerun = request.lora_request is None and request.prompt_embeds is None
+    is_drawn = may_skip and can_rerun and _draw(request_id) < config.shadow
     return Shadow(request_id, is_rerun=False) if is_drawn else None
 
 

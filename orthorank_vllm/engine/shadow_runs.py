@@ -165,16 +165,9 @@ class ShadowRuns:
         is_there = self._scheduler.requests.get(request.request_id) is request
         # Of a prompt that comes in parts none is the whole, and its last one is no request.
         comes_in_parts = getattr(request, "resumable", False)
-        has_ids = request.prompt_token_ids is not None
-        if not is_there or comes_in_parts or not has_ids:
+        if not is_there or comes_in_parts:
             return
-        if shadow_of(
-            self._config,
-            request.request_id,
-            request.sampling_params,
-            request.num_prompt_tokens,
-            request.lora_request,
-        ):
+        if shadow_of(self._config, request.request_id, request, request.num_prompt_tokens):
             self._watched[request.request_id] = request
 
     def _unwatch(self) -> None:

@@ -90,9 +90,9 @@ def _lora_of_experts(vllm_config: Any) -> object:
     return "with a mixture of experts" if is_moe else None
 
 
-def _lora_with_store_by_tokens(vllm_config: Any) -> object:
+def _with_store_by_tokens(vllm_config: Any, is_on: bool) -> object:
     store = connectors.connector_among(connectors.BY_TOKENS_IN_FOLDER)(vllm_config)
-    return f"with {store}" if store and vllm_config.lora_config is not None else None
+    return f"with {store}" if store and is_on else None
 
 
 def _data_parallel_experts(vllm_config: Any) -> object:
@@ -164,8 +164,14 @@ REFUSALS = (
     ),
     Refusal(
         "--enable-lora",
-        _lora_with_store_by_tokens,
+        lambda c: _with_store_by_tokens(c, c.lora_config is not None),
         "this KV connector finds K and V by their tokens alone, so another adapter's would be "
+        "taken",
+    ),
+    Refusal(
+        "--enable-prompt-embeds",
+        lambda c: _with_store_by_tokens(c, c.model_config.enable_prompt_embeds),
+        "this KV connector finds K and V by their tokens alone, so another embedding's would be "
         "taken",
     ),
     Refusal(
@@ -180,14 +186,10 @@ REFUSALS = (
         "it accelerates generation, and a pooled state would need every token",
     ),
     Refusal(
-        "--enable-prompt-embeds",
-        lambda c: c.model_config.enable_prompt_embeds or None,
-        "an embedded prompt has no first token id",
-    ),
-    Refusal(
         "multimodal input",
         lambda c: c.model_config.is_multimodal_model or None,
-        "an image has no token ids",
+        "a chunk may have to end before an image, within a window, and an image at position 0 has "
+        "no token id of its own",
     ),
     Refusal(
         "is_causal",

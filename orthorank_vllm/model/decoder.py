@@ -199,5 +199,8 @@ class Decoder:
 
     def embed(self, tokens: torch.Tensor, adapters: RowAdapters | None = None) -> torch.Tensor:
         """[T] token ids to the [T, hidden] residual stream that enters the first layer."""
-        residual = embedded(self._model.embed_tokens, tokens, adapters)
-        return residual if self._embedding_scale == 1 else residual * self._embedding_scale
+        return self.entering(embedded(self._model.embed_tokens, tokens, adapters))
+
+    def entering(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """[T, hidden] embeddings to what `embed` gives; themselves where nothing scales them."""
+        return embeddings if self._embedding_scale == 1 else embeddings * self._embedding_scale

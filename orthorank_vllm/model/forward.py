@@ -211,6 +211,7 @@ class _Sinks(NamedTuple):
     Attributes:
         lost, lost_slots: token ids whose states are to be computed, and their slots.
         lost_rows: for each a row that has its adapter.
+        lost_embeddings: what stands in place of some of these token ids.
     """
 
     slots: Ints
@@ -219,12 +220,13 @@ class _Sinks(NamedTuple):
     lost: Ints
     lost_slots: Ints
     lost_rows: Ints
+    lost_embeddings: Mapping[int, torch.Tensor]
     hits: int
     misses: int
 
 
 _NOTHING = np.zeros(0, dtype=np.int64)
-_NO_SINKS = _Sinks(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, 0, 0)
+_NO_SINKS = _Sinks(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, {}, 0, 0)
 
 
 def _look_up(sinks: SinkTable, plan: Plan) -> _Sinks:
@@ -236,13 +238,20 @@ def _look_up(sinks: SinkTable, plan: Plan) -> _Sinks:
     # No request whose position 0 is in the batch has a missing sink.
     misses = sum(sink in missing for sink in wanted)
     lost = [wanted.index(sink) for sink in missing]
+    lost_requests = plan.requests[lost]
+    given = plan.batch.first_embedding
     return _Sinks(
         slots=np.array(slots, dtype=np.int64),
         fresh_rows=plan.sink_row[in_batch],
         fresh_slots=np.array([slots[r] for r in in_batch], dtype=np.int64),
-        lost=plan.batch.first_token[plan.requests[lost]],
+        lost=plan.batch.first_token[lost_requests],
         lost_slots=np.array([slots[r] for r in lost], dtype=np.int64),
-        lost_rows=plan.batch.first_row[plan.requests[lost]],
+        lost_rows=plan.batch.first_row[lost_requests],
+        lost_embeddings={
+            place: given[request]
+            for place, request in enumerate(lost_requests.tolist())
+            if request in given
+        },
         hits=len(wanted) - len(in_batch) - misses,
         misses=misses,
     )
@@ -271,7 +280,7 @@ def _start_step(
     if len(found.lost):
         scored = [index for index, kept in selective.items() if kept.sink_row is not None]
         of_lost = None if adapters is None else adapters.of(lost_rows)
-        recompute_sinks(decoder, scored, sinks, lost, lost_slots, of_lost)
+        recompute_sinks(decoder, scored, sinks, lost, lost_slots, of_lost, found.lost_embeddings)
     return Step(
         top_k=kind.of_arrays(plan, of_top_k) if top_k else {},
         rows=dict(zip(known, known_rows, strict=True)),

@@ -1,8 +1,9 @@
 """The sink's residual stream entering each layer that scores, per token id and adapter.
 
-Position 0 attends only to itself, so its state depends on nothing but its token id, and on the
-adapter that its request may have; the table serves the requests whose position 0 a forward lacks (a
-later chunk, a prefix-cache hit, a resumed request). DESIGN: README.md, "The sink".
+Position 0 attends only to itself, so its state depends on nothing but its token id, or what
+embedding a prompt begins with instead, and on the adapter that its request may have; the table
+serves the requests whose position 0 a forward lacks (a later chunk, a prefix-cache hit, a resumed
+request). DESIGN: README.md, "The sink".
 """
 
 from collections import OrderedDict

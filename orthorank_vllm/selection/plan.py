@@ -5,12 +5,14 @@ every tensor shape of the sparse forward, are known without asking the device.
 The rule is numbered as in README.md, "The selection rule".
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from orthorank_vllm.selection.quotas import Bools, Competition, Quota, expand, make_quotas
 from orthorank_vllm.selection.quotas import Ints as Ints
@@ -27,12 +29,14 @@ class Batch:
         num_computed: tokens whose K and V are in the cache already.
         query_len: tokens that this forward computes.
         prompt_len: length of the prompt.
-        first_token: token id at position 0.
+        first_token: token id at position 0; any where there is an embedding instead.
         wants_all_rows: whether more than the sampled rows' output is read (prompt
             log-probabilities).
         num_selective: how many of the selective layers, the first of their order, skip tokens of
             each prompt; None: all of them.
         adapter: a number for each request's adapter, 0 for none; None: none has one.
+        first_embedding: [hidden] what some requests were given at position 0 instead of a token, by
+            their index.
     """
 
     num_computed: Ints
@@ -42,12 +46,19 @@ class Batch:
     wants_all_rows: bool = False
     num_selective: Ints | None = None
     adapter: Ints | None = None
+    first_embedding: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
-    def sinks(self) -> list[tuple[int, int]]:
-        """What the state of each request's position 0 depends on: its token id and adapter."""
+    def sinks(self) -> list[tuple[int | bytes, int]]:
+        """What the state of each request's position 0 depends on.
+
+        Its token id, or the hash of its embedding, and its adapter.
+        """
         adapter = np.zeros_like(self.first_token) if self.adapter is None else self.adapter
-        return list(zip(self.first_token.tolist(), adapter.tolist(), strict=True))
+        first: list[int | bytes] = [*self.first_token.tolist()]
+        for request, embedding in self.first_embedding.items():
+            first[request] = _digest(embedding)
+        return list(zip(first, adapter.tolist(), strict=True))
 
     @cached_property
     def first_row(self) -> Ints:
@@ -146,6 +157,10 @@ def make_plan(batch: Batch, keeps: Iterable[float], window: int, tail: int) -> P
         window=window,
         batch=batch,
     )
+
+
+def _digest(embedding: torch.Tensor) -> bytes:
+    return hashlib.sha256(embedding.detach().contiguous().view(torch.uint8).numpy()).digest()
 
 
 class _Rows(NamedTuple):

@@ -141,9 +141,15 @@ def test_an_unsupported_model_is_refused_before_anything_is_loaded(tmp_path: Pat
             },
             "--enable-lora with ExampleConnector",
         ),
+        (
+            {
+                "enable_prompt_embeds": True,
+                "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
+            },
+            "--enable-prompt-embeds with ExampleConnector",
+        ),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
         ({"runner": "pooling"}, "--runner pooling"),
-        ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"cpu_offload_gb": 1}, "--cpu-offload-gb 1"),
         ({"hf_overrides": {"is_causal": False}}, "is_causal false"),
         ({"hf_overrides": {"llama_4_scaling": {"beta": 0.1}}}, "llama_4_scaling {'beta': 0.1}"),

@@ -124,7 +124,8 @@ def test_whatever_a_request_asks_for_is_served_or_refused_in_one_line(
     except VLLMValidationError as error:
         check_one_line(error)
     assert 0 <= num_selective(CONFIG, params) <= 3
-    shadow = shadow_of(replace(CONFIG, shadow=1.0), "a", params, 500)
+    request = SimpleNamespace(sampling_params=params, lora_request=None, prompt_embeds=None)
+    shadow = shadow_of(replace(CONFIG, shadow=1.0), "a", request, 500)
     assert shadow is None or not shadow.is_rerun
 
 

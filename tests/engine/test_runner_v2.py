@@ -68,6 +68,7 @@ class Step:
                 prompt_token_ids=[100 + row.slot] * row.prompt,
                 sampling_params=params,
                 lora_request=lora,
+                prompt_embeds=None,
             )
             self.facts.add(row.slot, request, CONFIG)
 
@@ -205,6 +206,42 @@ def test_each_request_has_the_adapter_that_is_loaded_as_its_own(form: str) -> No
     batch = batch_of_v2(later.inputs(form), later.states, later.facts, manager)
     assert batch is not None
     assert batch.adapter is None
+
+
+@pytest.mark.parametrize("form", ["0.26", "0.32"])
+def test_a_request_that_begins_with_an_embedding_is_known_by_it(form: str) -> None:
+    """As long as it is in its prompt, and until another one has its slot."""
+    embeddings = torch.randn(100, 4)
+    mask = [False] + [True] * 99
+    given: list[dict[str, Any]] = [
+        {"prompt_token_ids": None, "prompt_embeds": embeddings},
+        {"prompt_token_ids": [0] * 100, "prompt_embeds": embeddings, "prompt_is_token_ids": mask},
+        {"prompt_embeds": embeddings, "prompt_is_token_ids": [True] * 100},
+        {"prompt_token_ids": None, "prompt_embeds": embeddings},
+    ]
+    rows = [Row(slot, 0, 50, 100) for slot in range(4)]
+    rows[3] = Row(3, 100, 1, 100)
+    step = Step(rows)
+    for slot, prompt in enumerate(given):
+        asked = SimpleNamespace(prompt_logprobs=None, extra_args=None)
+        request: dict[str, Any] = {
+            "req_id": "a",
+            "prompt_token_ids": [41] * 100,
+            "sampling_params": asked,
+            "lora_request": None,
+        }
+        step.facts.add(slot, SimpleNamespace(**(request | prompt)), CONFIG)
+    batch = batch_of_v2(step.inputs(form), step.states, step.facts)
+    assert batch is not None
+    assert list(batch.first_embedding) == [0, 1]
+    assert all(
+        row is not None and row.equal(embeddings[0]) for row in batch.first_embedding.values()
+    )
+    assert batch.first_token.tolist() == [0, 0, 41, 0]
+    later = Step([replace(row, computed=0) for row in rows], step.facts)
+    batch = batch_of_v2(later.inputs(form), later.states, later.facts)
+    assert batch is not None
+    assert not batch.first_embedding
 
 
 GUESSES = 3
@@ -353,6 +390,7 @@ def test_a_requests_part_in_a_comparison_is_known_from_its_beginning() -> None:
             prompt_token_ids=[5] * 100,
             sampling_params=params,
             lora_request=None,
+            prompt_embeds=None,
         )
         facts.add(slot, request, config)
     assert facts.shadow[1:3] == [Shadow("request 1", False), Shadow("a", True)]

@@ -25,15 +25,17 @@ CONFIG = OrthoRankConfig(
 LONG = TAIL + 2
 
 
-def params(**extra: Any) -> Any:
-    return SimpleNamespace(extra_args=extra or None)
+def request(lora: Any = None, embeddings: Any = None, **extra: Any) -> Any:
+    """What vLLM's requests have alike, in its scheduler and in both runners."""
+    params = SimpleNamespace(extra_args=extra or None)
+    return SimpleNamespace(sampling_params=params, lora_request=lora, prompt_embeds=embeddings)
 
 
 def test_so_many_of_the_prompts_are_drawn_the_same_ones_each_time() -> None:
     few, many = replace(CONFIG, shadow=0.02), replace(CONFIG, shadow=0.2)
     names = [f"cmpl-{number}" for number in range(10_000)]
     of = {
-        config.shadow: {name for name in names if shadow_of(config, name, params(), LONG)}
+        config.shadow: {name for name in names if shadow_of(config, name, request(), LONG)}
         for config in (few, many, CONFIG)
     }
     assert 150 < len(of[0.02]) < 250
@@ -52,22 +54,22 @@ def test_so_many_of_the_prompts_are_drawn_the_same_ones_each_time() -> None:
 def test_nothing_is_drawn_of_which_nothing_may_be_skipped(
     config: OrthoRankConfig, extra: dict[str, Any], length: int
 ) -> None:
-    assert shadow_of(config, "a", params(**extra), length) is None
+    assert shadow_of(config, "a", request(**extra), length) is None
 
 
-def test_a_prompt_with_an_adapter_is_not_drawn() -> None:
-    config = replace(CONFIG, shadow=1.0)
-    assert shadow_of(config, "a", params(), LONG) is not None
-    assert shadow_of(config, "a", params(), LONG, lora_request=object()) is None
+def test_a_prompt_with_an_adapter_is_not_drawn_nor_one_that_comes_as_embeddings() -> None:
+    assert shadow_of(CONFIG, "a", request(), LONG) is not None
+    assert shadow_of(CONFIG, "a", request(lora=object()), LONG) is None
+    assert shadow_of(CONFIG, "a", request(embeddings=torch.zeros(LONG, 4)), LONG) is None
 
 
 def test_a_rerun_says_whose_it_is_and_no_client_can_say_so() -> None:
     """What comes as JSON, or from another process, is a list or a text."""
     told = rerun_args("a")
     assert told[KEY] == 0
-    assert shadow_of(CONFIG, "b", params(**told), LONG) == Shadow("a", is_rerun=True)
+    assert shadow_of(CONFIG, "b", request(**told), LONG) == Shadow("a", is_rerun=True)
     for claim in (["a"], "a", 1, None, {"0": "a"}):
-        assert shadow_of(CONFIG, "b", params(**{ORIGINAL: claim}), LONG) == Shadow("b", False)
+        assert shadow_of(CONFIG, "b", request(**{ORIGINAL: claim}), LONG) == Shadow("b", False)
 
 
 @pytest.mark.parametrize("transfer", [None, SimpleNamespace()])

@@ -4,6 +4,7 @@ from collections import defaultdict
 from typing import Any
 
 import pytest
+import torch
 from vllm.lora.request import LoRARequest
 from vllm.v1.request import RequestStatus
 
@@ -70,8 +71,10 @@ def test_each_prompt_is_run_once_more_from_its_first_token(
     assert server.serve(LONG[:300]) == 256
 
 
-def test_prompts_with_an_adapter_are_left_out(model_path: str) -> None:
+def test_prompts_with_an_adapter_or_with_embeddings_are_left_out(model_path: str) -> None:
+    """Break seen: a prompt run once more by ids that stand for embeddings."""
     server = started(model_path)
+    server.add(LONG[:250], prompt_embeds=torch.zeros(250, 4))
     server.add(LONG[:200], lora_request=LoRARequest("one", 1, "/nowhere"))
     server.add(LONG[:300])
     server.run()

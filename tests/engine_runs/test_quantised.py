@@ -80,7 +80,8 @@ orthorank = engine.model.orthorank
 [slot], _ = orthorank._sinks.reserve([(prompt[0], 0)])
 met = orthorank._sinks.rows[:, slot]
 scored = [layer for layer, keep in rule["layers"] if keep]
-recomputed = sink_states(orthorank._decoder, scored, torch.tensor(prompt[:1]))[:, 0]
+decoder = orthorank._decoder
+recomputed = sink_states(decoder, scored, decoder.embed(torch.tensor(prompt[:1])))[:, 0]
 layer = engine.model.model.layers[0].self_attn
 engine.llm.reset_prefix_cache()
 orthorank.is_paused = True

@@ -14,7 +14,10 @@ from tests.support.scripts import Script
 pytestmark = pytest.mark.model
 
 TOLERANCE = 1e-5
-ON_CPU = ("crowd", "sink found", "sink lost", "stand-ins", "stand-ins' errors")
+ON_CPU = (
+    *("crowd", "sink found", "sink lost", "stand-ins", "stand-ins' errors"),
+    *("embedded", "embedded sink lost"),
+)
 AS_ON_GPU = ("chunks", "sink found", "sink lost", "padded", "guesses")
 
 V1 = """
@@ -101,6 +104,7 @@ def test_the_cases_are_what_they_are_named_for(of_v2: Any) -> None:
     for cases in of_v2.values():
         assert cases["sink found"]["counts"]["sink_hits"] == 1
         assert cases["sink lost"]["counts"]["sink_misses"] == 1
+    assert of_v2["on CPU"]["embedded sink lost"]["counts"]["sink_misses"] == 1
     as_on_gpu = of_v2["as on a GPU"]
     # A chunk that ends where a window does, with room for more; one token with three guesses.
     assert as_on_gpu["chunks"]["chunks"][1][0] == [0, 64]

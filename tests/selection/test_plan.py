@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,6 +46,21 @@ def chosen(plan: Plan, quota: Quota | None = None) -> list[int]:
     counts = np.bincount(plan.segment[slots], minlength=plan.segment.max() + 1).tolist()
     assert counts == quota.top_k.tolist()
     return counts
+
+
+def test_a_sink_is_known_by_its_embedding_where_it_has_no_token() -> None:
+    """Break seen: by the token id that the embedding's place is filled with."""
+    rows = torch.randn(3, 8, dtype=torch.bfloat16)
+    embedded = replace(
+        batch(*[(0, 100, 100)] * 5),
+        first_token=np.array([7, 0, 0, 0, 0]),
+        first_embedding={1: rows[0], 2: rows[0].clone(), 3: rows[1]},
+    )
+    token, first, again, other, zero = embedded.sinks
+    assert first == again
+    assert len({token, first, other, zero}) == 4
+    with_adapters = replace(embedded, adapter=np.array([0, 1, 2, 0, 0]))
+    assert with_adapters.sinks[1] != with_adapters.sinks[2] != again
 
 
 def test_a_batch_of_decodes_has_no_plan() -> None:

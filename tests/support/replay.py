@@ -30,7 +30,8 @@ IDLE_STEPS = 1000
 class Job:
     """One request to the engine and what came back of it.
 
-    `ratio`: what it asks for, if anything; `lora`: its adapter, vLLM's `LoRARequest`.
+    `ratio`: what it asks for, if anything; `lora`: its adapter, vLLM's `LoRARequest`; `given`: what
+    vLLM is given as the prompt, where that is more than its token ids.
     """
 
     prompt: list[int]
@@ -39,6 +40,7 @@ class Job:
     want_prompt_logprobs: bool = True
     ratio: float | None = None
     lora: Any = None
+    given: Any = None
     output: Any = None
 
     @property
@@ -170,7 +172,7 @@ class Engine:
                         prompt_logprobs=0 if job.want_prompt_logprobs else None,
                         extra_args=None if job.ratio is None else {"orthorank_ratio": job.ratio},
                     )
-                    prompt: Any = {"prompt_token_ids": job.prompt}
+                    prompt: Any = job.given or {"prompt_token_ids": job.prompt}
                     name = engine.add_request(external, prompt, params, lora_request=job.lora)
                     names[external] = job
                     run.jobs[name] = job

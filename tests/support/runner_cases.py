@@ -83,6 +83,23 @@ class Cases:
         self.engine.forget_sinks()
         return {"sink found": found, "sink lost": self.serve(jobs[2:])}
 
+    def embedded(self) -> dict[str, Any]:
+        """A prompt of embeddings, in chunks; then from the cache, once the sink table is lost."""
+        import torch
+
+        drawn = torch.Generator().manual_seed(5)
+        rows = 0.08 * torch.randn(120, SIZES["hidden_size"], generator=drawn)
+        given = {"prompt_embeds": rows}
+        found = {}
+        for name in ("embedded", "embedded sink lost"):
+            jobs = [
+                Job([0] * 120, 3, 0, False, ALL_LAYERS, given=given),
+                Job(self.words(60), 3, 0, False, ALL_LAYERS),
+            ]
+            found[name] = self.serve(jobs, budgets=(75,))
+            self.engine.forget_sinks()
+        return found
+
     def scored_twice(self) -> list[list[float]]:
         """A prompt's tokens as predictions, asked for by each of V2's two ways."""
         from vllm import SamplingParams
@@ -115,7 +132,7 @@ def _answer(job: Job) -> dict[str, Any]:
 def cut_anywhere(folder: str) -> dict[str, Any]:
     """Chunks beside decoding, ratios and prompts' log-probabilities mixed, too few pages; by rule
     one prompt more."""
-    cases = Cases(folder, "off", max_num_seqs=5)
+    cases = Cases(folder, "off", max_num_seqs=5, enable_prompt_embeds=True)
     crowd = [
         Job(cases.words(length), *rest)
         for length, *rest in (
@@ -127,6 +144,7 @@ def cut_anywhere(folder: str) -> dict[str, Any]:
         )
     ]
     found = {"crowd": cases.serve(crowd, budgets=(100, 64, 140)), **cases.found_and_lost()}
+    found |= cases.embedded()
     for name, rule in RULES.items():
         cases.engine.use(rule)
         found[name] = cases.serve([Job(cases.words(100), 1, 0, True, ALL_LAYERS)], budgets=(75,))

@@ -94,6 +94,7 @@ class Server:
         priority: int = 0,
         cache_salt: str | None = None,
         lora_request: LoRARequest | None = None,
+        prompt_embeds: Any = None,
         **params: Any,
     ) -> Request:
         """A request that waits."""
@@ -105,6 +106,7 @@ class Server:
             priority=priority,
             cache_salt=cache_salt,
             lora_request=lora_request,
+            prompt_embeds=prompt_embeds,
         )
         self.prompt_len[name], self.reused[name], self.parts[name] = len(prompt), [], []
         self.scheduler.add_request(request)

@@ -80,8 +80,12 @@ def _by_kernels(*_: Any) -> Any:
     return SegmentedTopKTriton
 
 
-def _lost_states(decoder: Any, scored: Any, tokens: torch.Tensor, _: Any) -> torch.Tensor:
-    return torch.zeros(1, len(tokens), HIDDEN)
+def _lost_states(decoder: Any, scored: Any, residual: torch.Tensor, _: Any) -> torch.Tensor:
+    return torch.zeros(1, len(residual), HIDDEN)
+
+
+def _embed(tokens: torch.Tensor, _: Any) -> torch.Tensor:
+    return torch.zeros(len(tokens), HIDDEN)
 
 
 def plan_attention(batch: Batch, rows: Ints | None) -> AttentionPlan:
@@ -94,7 +98,7 @@ def run_step(batch: Batch, layers: Sequence[Any], sinks: SinkTable) -> bool:
     plan = make_plan(batch, KEEPS, WINDOW, TAIL)
     if plan is None:
         return False
-    decoder: Any = SimpleNamespace(layers={}, is_first=True, is_last=True)
+    decoder: Any = SimpleNamespace(layers={}, is_first=True, is_last=True, embed=_embed)
     with mock.patch.object(lost_sinks, "sink_states", _lost_states):
         way = AttentionBackend("triton", plan_attention)
         step = forward._start_step(decoder, {}, sinks, way, plan, CPU)
