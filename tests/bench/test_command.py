@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.server
 
-PAIRS = 4
+PAIRS = 7
 MARK = "ORTHORANK_TEST_BENCH"  # inherited by whatever the command starts
 
 
