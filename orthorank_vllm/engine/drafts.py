@@ -1,4 +1,4 @@
-"""What a draft model takes of the target: nothing, or the states of all rows.
+"""What a draft model takes of the target: nothing, or its states.
 
 vLLM's drafters are loaded beside the target, by their own stock architectures, and have K and V of
 their own. EAGLE's read a state of every row that the target computes, prompts' among them: of a
@@ -15,18 +15,29 @@ import torch
 from orthorank_vllm.model.architectures import SwapArchitecture
 from orthorank_vllm.options import OptionError
 
-# Guesses that come from tokens alone, or from a model that knows nothing else of the target.
-BY_TOKENS = ("ngram", "ngram_gpu", "suffix", "draft_model")
-# From the target's states: the last ones, or those before some layers.
+# Guesses that come from tokens alone, a user's own proposer's too.
+BY_TOKENS = ("ngram", "ngram_gpu", "suffix", "custom_class")
+# From a model that knows nothing else of the target.
+BY_MODEL = ("draft_model",)
+# From the states that tokens are sampled from, which every layer computes.
+BY_SAMPLED_STATES = ("medusa",)
+# From all states: the last ones, or those before some layers.
 BY_STATES = ("eagle", "eagle3")
+# Nothing is guessed: states are handed out.
+EXPORT = "extract_hidden_states"
 
 
 def unknown_method(vllm_config: Any) -> object:
     """The method of speculation, if it is none of those above."""
     speculative = vllm_config.speculative_config
-    if speculative is None or speculative.method in (*BY_TOKENS, *BY_STATES):
-        return None
-    return speculative.method
+    known = (*BY_TOKENS, *BY_MODEL, *BY_SAMPLED_STATES, *BY_STATES, EXPORT)
+    return None if speculative is None or speculative.method in known else speculative.method
+
+
+def export(vllm_config: Any) -> object:
+    """The method of speculation, if it hands states out."""
+    speculative = vllm_config.speculative_config
+    return EXPORT if speculative is not None and speculative.method == EXPORT else None
 
 
 def check_overrides(engine_args: Any) -> None:
@@ -38,9 +49,11 @@ def check_overrides(engine_args: Any) -> None:
     Raises:
         OptionError: the draft would be loaded as an OrthoRank model.
     """
-    given = getattr(engine_args, "speculative_config", None)
-    model = given.get("model") if isinstance(given, dict) else None
-    if isinstance(engine_args.hf_overrides, SwapArchitecture) and model is not None:
+    given = engine_args.speculative_config
+    if not given or not isinstance(engine_args.hf_overrides, SwapArchitecture):
+        return
+    model, method = given.get("model"), given.get("method")
+    if model is not None and method not in (*BY_TOKENS, *BY_SAMPLED_STATES):
         raise OptionError(
             f"hf_overrides: a function is not possible with a draft model ({model}), to which "
             "vLLM applies it too; give a dictionary"

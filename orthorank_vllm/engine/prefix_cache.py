@@ -83,8 +83,8 @@ def keep_tails_out(manager: Any, config: OrthoRankConfig, block_size: int) -> No
 
     def up_to_tail(block_hashes: Sequence[Any], max_cache_hit_length: int) -> Any:
         found = find_longest_cache_hit(block_hashes, min(max_cache_hit_length, most))
-        # Again and again: what a shorter hit can be is for each kind of attention to say. Of what is
-        # found for an EAGLE draft the last block is dropped: one more than wanted is asked for.
+        # Again and again: what a shorter hit can be is for each kind of attention to say. For an
+        # EAGLE draft the last block of what is found is dropped: one more than wanted is asked for.
         while beyond := found[1] % window:
             border = found[1] - beyond
             found = find_longest_cache_hit(block_hashes, border + block_size)

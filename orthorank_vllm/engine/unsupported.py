@@ -162,7 +162,14 @@ REFUSALS = (
     Refusal(
         "--speculative-config",
         drafts.unknown_method,
-        "draft_model, eagle, eagle3, ngram and suffix work",
+        "vLLM has it for none of the architectures that are served, or its states of skipped "
+        "tokens were not tried; custom_class, draft_model, eagle, eagle3, medusa, ngram and suffix "
+        "work",
+    ),
+    Refusal(
+        "--speculative-config",
+        drafts.export,
+        "states of tokens that a layer skips would be handed out as if it had computed them",
     ),
     Refusal(
         "--runner",
