@@ -7,6 +7,7 @@ from typing import Any
 from orthorank_vllm.attention.backend import check_backend
 from orthorank_vllm.engine.alignment import align
 from orthorank_vllm.engine.connectors import with_ours
+from orthorank_vllm.engine.drafts import check_overrides
 from orthorank_vllm.engine.shadow import check_shadow
 from orthorank_vllm.engine.stores import with_maker
 from orthorank_vllm.engine.unsupported import check_supported
@@ -43,6 +44,7 @@ def configure(
         engine_args.additional_config = {k: v for k, v in additional.items() if k != "orthorank"}
         return create_engine_config(engine_args, *args, **kwargs)
     engine_args.hf_overrides = hf_overrides_for(engine_args)
+    check_overrides(engine_args)
     vllm_config = create_engine_config(engine_args, *args, **kwargs)
     check_supported(vllm_config)
     model = model_identity(vllm_config.model_config.hf_text_config)

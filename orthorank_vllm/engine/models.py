@@ -15,6 +15,7 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.sequence import IntermediateTensors
 
 from orthorank_vllm.engine.adapters import adapters_of_step, no_adapters
+from orthorank_vllm.engine.drafts import final_states
 from orthorank_vllm.engine.prefill import SparsePrefill
 from orthorank_vllm.model.adapters import base_logits
 from orthorank_vllm.model.architectures import MEASURED_OF, ORTHORANK_OF
@@ -51,7 +52,7 @@ class OrthoRankForCausalLM(MeasuredForCausalLM):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
         orthorank_plan: Plan | None = None,
-    ) -> torch.Tensor | IntermediateTensors:
+    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]] | IntermediateTensors:
         self.orthorank.has_run = True
         if self.orthorank.needs_warm_up:
             # vLLM runs the model at start-up, with and without a KV cache.
@@ -61,12 +62,10 @@ class OrthoRankForCausalLM(MeasuredForCausalLM):
                 adapters = no_adapters(self, len(positions), positions.device)
                 self.orthorank.profile_run(input_ids, positions, adapters, inputs_embeds)
             stock: Any = super()
-            states: torch.Tensor | IntermediateTensors = stock.forward(
-                input_ids, positions, intermediate_tensors, inputs_embeds
-            )
+            output = stock.forward(input_ids, positions, intermediate_tensors, inputs_embeds)
         else:
             adapters = adapters_of_step(self, orthorank_plan)
-            states = self.orthorank.forward(
+            output = self.orthorank.forward(
                 orthorank_plan,
                 input_ids,
                 positions,
@@ -75,8 +74,8 @@ class OrthoRankForCausalLM(MeasuredForCausalLM):
                 inputs_embeds,
             )
         if self.orthorank.shadow_rows is not None:
-            self.orthorank.shadow_rows.see(states, partial(base_logits, self))
-        return states
+            self.orthorank.shadow_rows.see(final_states(output), partial(base_logits, self))
+        return output
 
     @staticmethod
     def get_model_state_cls() -> type:

@@ -12,6 +12,7 @@ from vllm.sequence import IntermediateTensors
 
 from orthorank_vllm.attention.backend import choose_backend
 from orthorank_vllm.config import OrthoRankConfig
+from orthorank_vllm.engine.drafts import Drafts
 from orthorank_vllm.engine.shadow_rows import ShadowRows
 from orthorank_vllm.engine.step_stats import Seconds, StepCounter
 from orthorank_vllm.engine.unsupported import check_supported
@@ -76,6 +77,7 @@ class SparsePrefill:
         self._hidden_size = model_config.get_hidden_size()
         self._dtype = model_config.dtype
         self._has_lora = vllm_config.lora_config is not None
+        self._drafts = Drafts(vllm_config)
         self._device = torch.get_default_device()
         # The ranks compute the same tokens: one of them counts.
         self._counter = StepCounter.of(vllm_config, self._decoder) if is_first_rank() else None
@@ -190,6 +192,8 @@ class SparsePrefill:
             return None
         if any(keeps) and not (self._decoder.is_first and self._decoder.is_last):
             batch = self._with_known_sinks(batch, keeps)
+        if self._drafts.reads_end(self._decoder.told_layers, self._decoder.last_layer + 1):
+            batch = replace(batch, wants_all_rows=True)
         return make_plan(batch, keeps, self.config.window, self.config.tail)
 
     @property
@@ -217,7 +221,7 @@ class SparsePrefill:
         from_earlier_stage: IntermediateTensors | None,
         adapters: RowAdapters | None = None,
         inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor | IntermediateTensors:
+    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]] | IntermediateTensors:
         """This stage's part of a forward with a plan.
 
         Args:
@@ -228,10 +232,11 @@ class SparsePrefill:
                 some prompt may come as embeddings.
 
         Returns:
-            [tokens, hidden] final normalised states, right in the rows `plan.sampled_rows`;
+            [tokens, hidden] final normalised states, right in the rows `plan.sampled_rows`, and
+            beside them what a draft model reads of earlier layers, where vLLM asked for that;
             or what the next stage takes.
         """
-        positions = positions[: plan.num_tokens]
+        num_rows, positions = len(positions), positions[: plan.num_tokens]
         for kept in self._selective.values():
             kept.place_stand_in(self._device)
         update: torch.Tensor | None = None
@@ -244,7 +249,7 @@ class SparsePrefill:
         else:
             assert from_earlier_stage is not None
             residual, update = from_earlier_stage["residual"], from_earlier_stage["hidden_states"]
-        residual, update, self._outcome = sparse_forward(
+        residual, update, told, self._outcome = sparse_forward(
             self._decoder,
             self._selective,
             self._sinks,
@@ -257,7 +262,7 @@ class SparsePrefill:
         )
         if self._decoder.is_last:
             hidden, _ = add_and_norm(self._decoder.norm, residual, update)
-            return hidden
+            return self._drafts.shown(hidden, told, num_rows)
         if update is None:
             update = torch.zeros_like(residual)
         return IntermediateTensors({"hidden_states": update, "residual": residual})

@@ -83,9 +83,13 @@ def keep_tails_out(manager: Any, config: OrthoRankConfig, block_size: int) -> No
 
     def up_to_tail(block_hashes: Sequence[Any], max_cache_hit_length: int) -> Any:
         found = find_longest_cache_hit(block_hashes, min(max_cache_hit_length, most))
-        # Again and again: what a shorter hit can be is for each kind of attention to say.
+        # Again and again: what a shorter hit can be is for each kind of attention to say. For an
+        # EAGLE draft the last block of what is found is dropped: one more than wanted is asked for.
         while beyond := found[1] % window:
-            found = find_longest_cache_hit(block_hashes, found[1] - beyond)
+            border = found[1] - beyond
+            found = find_longest_cache_hit(block_hashes, border + block_size)
+            if found[1] > border:
+                found = find_longest_cache_hit(block_hashes, border)
         return found
 
     manager.get_computed_blocks = without_tail

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from orthorank_vllm.compat import uses_micro_batches, uses_sequence_parallelism
-from orthorank_vllm.engine import connectors
+from orthorank_vllm.engine import connectors, drafts
 from orthorank_vllm.options import OptionError
 
-# Proposers whose drafts do not come from the target's hidden states.
-SPECULATION_WITHOUT_DRAFT_MODEL = ("ngram", "ngram_gpu", "suffix")
 # Those that `attention.pages.read_back` knows.
 READ_BACK_KV_CACHE_DTYPES = (
     *("auto", "float32", "float16", "bfloat16"),
@@ -36,13 +34,6 @@ class Refusal:
 
 def _if_above_one(size: int | None) -> int | None:
     return size if size is not None and size > 1 else None
-
-
-def _speculation(vllm_config: Any) -> object:
-    speculative = vllm_config.speculative_config
-    if speculative is None or speculative.method in SPECULATION_WITHOUT_DRAFT_MODEL:
-        return None
-    return speculative.method
 
 
 def _compilation_mode(vllm_config: Any) -> object:
@@ -176,9 +167,15 @@ REFUSALS = (
     ),
     Refusal(
         "--speculative-config",
-        _speculation,
-        "a draft model reads hidden states that OrthoRank does not update; n-gram and suffix "
-        "speculation work",
+        drafts.unknown_method,
+        "vLLM has it for none of the architectures that are served, or its states of skipped "
+        "tokens were not tried; custom_class, draft_model, eagle, eagle3, medusa, ngram and suffix "
+        "work",
+    ),
+    Refusal(
+        "--speculative-config",
+        drafts.export,
+        "states of tokens that a layer skips would be handed out as if it had computed them",
     ),
     Refusal(
         "--runner",

@@ -197,6 +197,14 @@ class Decoder:
         self._model = model
         self._embedding_scale = float(getattr(model.config, "embedding_multiplier", 1.0))
 
+    @property
+    def told_layers(self) -> tuple[int, ...]:
+        """Before which layers the residual stream is told beside the output (EAGLE-3).
+
+        The number of layers is the end. vLLM says so once the model is loaded.
+        """
+        return tuple(getattr(self._model, "aux_hidden_state_layers", ()))
+
     def embed(self, tokens: torch.Tensor, adapters: RowAdapters | None = None) -> torch.Tensor:
         """[T] token ids to the [T, hidden] residual stream that enters the first layer."""
         return self.entering(embedded(self._model.embed_tokens, tokens, adapters))

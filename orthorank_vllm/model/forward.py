@@ -168,7 +168,7 @@ def sparse_forward(
     residual: torch.Tensor,
     update: torch.Tensor | None,
     adapters: RowAdapters | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, Outcome]:
+) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor], Outcome]:
     """Prefill through this stage's layers, the selective ones in place.
 
     Args:
@@ -178,13 +178,19 @@ def sparse_forward(
         adapters: of all tokens; None: none has one.
 
     Returns:
-        the same after the last layer here, right in the rows `plan.sampled_rows`, and what to
-        count.
+        residual, update: the same after the last layer here, right in the rows
+            `plan.sampled_rows`.
+        told: [tokens, hidden] each, the residual stream at `decoder.told_layers`.
+        outcome: what to count.
     """
     step = _start_step(decoder, selective, sinks, attention, plan, positions.device, adapters)
     stand_in_rank = 0
     quotas: dict[int, Quota] = {}
+    told: list[torch.Tensor] = []
+    told_layers = decoder.told_layers
     for index, layer in decoder.layers.items():
+        if index in told_layers:
+            told.append(_stream(residual, update))
         kept = selective.get(index)
         quota = None if kept is None else plan.quotas[kept.place]
         split, stand_in, attend = None, None, step.dense_attention
@@ -202,7 +208,15 @@ def sparse_forward(
         residual, update = layer.forward(
             attend, positions, residual, update, pick, split, stand_in, adapters
         )
-    return residual, update, Outcome(quotas, step.sink_hits, step.sink_misses, stand_in_rank)
+    if decoder.is_last and decoder.last_layer + 1 in told_layers:
+        told.append(_stream(residual, update))
+    outcome = Outcome(quotas, step.sink_hits, step.sink_misses, stand_in_rank)
+    return residual, update, told, outcome
+
+
+def _stream(residual: torch.Tensor, update: torch.Tensor | None) -> torch.Tensor:
+    # A copy: layers use their summands up.
+    return residual.clone() if update is None else residual + update
 
 
 class _Sinks(NamedTuple):

@@ -12,6 +12,7 @@ from vllm.v1.executor.abstract import Executor
 
 from orthorank_vllm.engine.unsupported import REFUSALS, check_supported
 from orthorank_vllm.options import OptionError
+from tests.support.drafts import write_eagle, write_eagle3, write_medusa
 from tests.support.models import write_random
 
 pytestmark = pytest.mark.model
@@ -156,14 +157,11 @@ def test_an_unsupported_model_is_refused_before_anything_is_loaded(tmp_path: Pat
         ({"hf_overrides": {"attention_sinks": True}}, "attention_sinks True"),
         ({"hf_overrides": {"dual_chunk_attention_config": {}}}, "dual_chunk_attention_config"),
         ({"compilation_config": {"mode": 1}}, "--compilation-config mode STOCK_TORCH_COMPILE"),
-        ({"speculative_config": {"num_speculative_tokens": 2}}, "--speculative-config"),
     ],
 )
 def test_a_feature_that_cannot_be_right_is_refused_by_name(
     model_path: str, options: dict[str, Any], named: str
 ) -> None:
-    if "speculative_config" in options:
-        options = {"speculative_config": {"model": model_path, "num_speculative_tokens": 2}}
     with pytest.raises(OptionError) as caught:
         configured(model_path, {"ratio": 0.3}, **options)
     assert str(caught.value).startswith(named)
@@ -253,9 +251,75 @@ def test_adapters_are_supported_but_for_those_of_experts(model_path: str, tmp_pa
         configured(experts, {"layers": [3]}, **lora)
 
 
-def test_n_gram_speculation_is_supported(model_path: str) -> None:
+SPECULATION: dict[str, dict[str, Any]] = {
+    "ngram": {"prompt_lookup_max": 4},
+    "custom_class": {"model": "somewhere.Proposer"},
+    "draft_model": {"model": "the target"},
+    "eagle": {"model": write_eagle},
+    "eagle3": {"model": write_eagle3},
+    "medusa": {"model": write_medusa},
+}
+
+
+@pytest.fixture(scope="module", params=SPECULATION)
+def speculation(
+    request: pytest.FixtureRequest, model_path: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """A `--speculative-config` of each method."""
+    asked = {"method": request.param, "num_speculative_tokens": 3, **SPECULATION[request.param]}
+    if callable(asked.get("model")):
+        asked["model"] = asked["model"](model_path, tmp_path_factory.mktemp("drafts") / "head")
+    elif asked.get("model") == "the target":
+        asked["model"] = model_path
+    return asked
+
+
+def test_speculation_is_supported_and_a_draft_model_is_stock(
+    model_path: str, speculation: dict[str, Any]
+) -> None:
+    config = configured(model_path, {"ratio": 0.3}, speculative_config=speculation)
+    assert config.model_config.architectures == ["OrthoRankLlamaForCausalLM"]
+    draft = config.speculative_config.draft_model_config
+    if draft is not None and draft is not config.model_config:
+        assert "OrthoRank" not in draft.architectures[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        ("mtp", "vLLM has it for none"),
+        ("dflash", "or its states"),
+        ("extract_hidden_states", "out"),
+    ],
+)
+def test_speculation_that_was_not_tried_or_hands_states_out_is_refused(
+    model_path: str, method: str, why: str
+) -> None:
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
-    configured(model_path, {"ratio": 0.3}, speculative_config=ngram)
+    config = configured(model_path, {"ratio": 0.3}, speculative_config=ngram)
+    # Models of these kinds are none of those that are served.
+    object.__setattr__(config.speculative_config, "method", method)
+    with pytest.raises(OptionError, match=f"--speculative-config {method}: .*{why}"):
+        check_supported(config)
+
+
+def smaller(hf_config: Any) -> Any:
+    return hf_config
+
+
+def test_overrides_by_a_function_are_refused_with_a_draft_model(
+    model_path: str, speculation: dict[str, Any]
+) -> None:
+    """vLLM applies it to the draft's configuration too, and with it the swap of the architecture.
+
+    Break seen: not refused, the draft was an OrthoRank model, or its architecture unknown to vLLM.
+    """
+    options = {"hf_overrides": smaller, "speculative_config": speculation}
+    if speculation["method"] in ("ngram", "custom_class", "medusa"):
+        configured(model_path, {"ratio": 0.3}, **options)
+        return
+    with pytest.raises(OptionError, match="hf_overrides: a function is not possible with"):
+        configured(model_path, {"ratio": 0.3}, **options)
 
 
 def test_every_refusal_gives_a_reason() -> None:

@@ -1,6 +1,7 @@
 """vLLM's own scheduler with chunks that end on windows' borders; only the model is left out."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from orthorank_vllm.engine.scheduler import AlignedAsyncScheduler, AlignedScheduler
 from orthorank_vllm.selection.borders import Borders
+from tests.support.drafts import write_eagle
 from tests.support.scheduling import BLOCK, FULL, KINDS, Server
 
 pytestmark = pytest.mark.model
@@ -86,6 +88,24 @@ def test_whole_windows_before_the_tail_are_reused(model_path: str, length: int) 
     server = Server(model_path, CHOOSES, [FULL])
     server.serve(LONG)
     assert server.serve(LONG[:length]) == (length - TAIL) // WINDOW * WINDOW
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_for_an_eagle_draft_windows_are_reused_up_to_the_last_that_is_found(
+    model_path: str, tmp_path: Path, kind: str
+) -> None:
+    """vLLM drops the last block, with the state that a head has of it; the rest of its window goes.
+
+    Break seen: a hit that ends amid a window asked for again without the block that is dropped, so
+    that one block after the other went, and nothing was reused.
+    """
+    head = write_eagle(model_path, tmp_path / "head")
+    draft = {"method": "eagle", "model": head, "num_speculative_tokens": 2}
+    server = Server(model_path, CHOOSES, KINDS[kind], speculative_config=draft)
+    server.serve(LONG)
+    assert server.serve(LONG[:400]) == (400 - TAIL) // WINDOW * WINDOW
+    assert server.serve(LONG) == BORDERS.shared(len(LONG)) - WINDOW
+    assert is_cut_well(server)
 
 
 def test_of_a_shorter_prompt_and_an_earlier_turn_no_more_is_left(model_path: str) -> None:

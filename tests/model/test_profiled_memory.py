@@ -84,6 +84,7 @@ class Model:
             last_layer=LAYERS - 1,
             is_first=True,
             is_last=True,
+            told_layers=(),
             embed=lambda tokens, adapters: torch.randn(len(tokens), HIDDEN),
         )
         self.selective = {

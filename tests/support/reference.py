@@ -217,6 +217,8 @@ class Request:
         self.updates = 0
         self.skipped = 0
         self.computed = 0  # positions 0 to computed - 1 have K and V
+        # Of the last forward: what entered each layer [T, hidden], and what left the last one.
+        self.streams: list[torch.Tensor] = []
         # Per layer K and V [G, computed, D]; never written in place, so that forks can share them.
         heads, size = reference.model.config.num_key_value_heads, reference.head_size
         nothing = torch.empty(heads, 0, size, device=reference.model.device)
@@ -236,7 +238,9 @@ class Request:
             )
         hidden = self.reference.embed(self.tokens[start:end])
         positions = torch.arange(start, end, device=hidden.device)
+        self.streams = []
         for index, layer in enumerate(self.reference.layers):
+            self.streams.append(hidden.clone())
             normed = layer.input_layernorm(hidden)
             new_keys, new_values = self.reference.keys_values(layer, normed, positions)
             keys = torch.cat([self._cache[index][0][:, :start], new_keys], dim=1)
@@ -260,6 +264,7 @@ class Request:
                     layer, before[rows], normed[rows], positions[rows], keys, values
                 )
         self.computed = end
+        self.streams.append(hidden)
         return self.reference.logits(hidden).log_softmax(dim=-1)
 
     def fork(self, prompt: Sequence[int], cached: int) -> "Request":

@@ -215,9 +215,12 @@ def replay(run: Run, reference: Reference, earlier: Sequence[Request] = ()) -> V
     verdict = Verdict()
     requests = verdict.requests
     seen: set[tuple[str, int]] = set()
+    parts = {name: run.chunks(job) for name, job in run.jobs.items()}
     for forward in run.forwards:
         for part in forward:
             job = run.jobs[part.request_id]
+            later = parts[part.request_id]
+            later.pop(0)
             request = requests.get(part.request_id)
             # A guess that was not accepted was no token of the request: its row says nothing, and
             # its position is computed again once there is one.
@@ -234,13 +237,26 @@ def replay(run: Run, reference: Reference, earlier: Sequence[Request] = ()) -> V
                 if len(request.tokens) < end:
                     request.append(token)
             log_probs = request.forward(start, end)
-            for position in range(start, end):
+            for position in range(start, _sampled_end(job, part, later, end)):
                 # A position that is computed again is not sampled from again.
                 if (part.request_id, position) not in seen:
                     seen.add((part.request_id, position))
                     _compare(verdict, job, position, log_probs[position - start])
     verdict.margin = min((request.margin for request in requests.values()), default=math.inf)
     return verdict
+
+
+def _sampled_end(job: Job, part: Scheduled, later: Sequence[Scheduled], end: int) -> int:
+    """The end of a part's positions that were sampled from: some of its guesses may be wrong.
+
+    It is where the request goes on; with a preemption in between, one before, as that position is
+    computed anew together with all before it, and sampled from then.
+    """
+    if part.num_computed < len(job.prompt):
+        return end
+    ends = (other.num_computed for other in later if other.num_computed > part.num_computed)
+    is_preempted = bool(later) and later[0].num_computed <= part.num_computed
+    return min(end, next(ends, end + is_preempted) - is_preempted)
 
 
 def check(run: Run, reference: Reference, earlier: Sequence[Request] = ()) -> Verdict:
