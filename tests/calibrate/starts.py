@@ -24,7 +24,8 @@ from orthorank_vllm.model.fingerprint import Fingerprint
 from orthorank_vllm.offline.workers import WorkersTrial
 from orthorank_vllm.options import Options
 from orthorank_vllm.profiles import model_identity
-model_path, options, load_format, sent_path, later_starts = arguments
+model_path, cache, options, load_format, sent_path, later_starts = arguments
+os.environ |= {{"VLLM_CACHE_ROOT": cache, "VLLM_LOGGING_LEVEL": "INFO"}}
 measured = 0
 losses_with = WorkersTrial.losses_with
 def counted(self, more):
@@ -111,8 +112,7 @@ def start(
         later_starts: name, cache, mishap, seconds that seem to pass whenever the time is looked
             at, and options of each.
     """
-    given = model_path, options, load_format, sent_path, later_starts
-    return Script(START, *given, VLLM_CACHE_ROOT=str(cache), VLLM_LOGGING_LEVEL="INFO")
+    return Script(START, model_path, str(cache), options, load_format, sent_path, later_starts)
 
 
 class Started:
