@@ -27,17 +27,21 @@ BY_STATES = ("eagle", "eagle3")
 EXPORT = "extract_hidden_states"
 
 
+def _method_of(vllm_config: Any) -> str | None:
+    speculative = vllm_config.speculative_config
+    return None if speculative is None else speculative.method
+
+
 def unknown_method(vllm_config: Any) -> object:
     """The method of speculation, if it is none of those above."""
-    speculative = vllm_config.speculative_config
-    known = (*BY_TOKENS, *BY_MODEL, *BY_SAMPLED_STATES, *BY_STATES, EXPORT)
-    return None if speculative is None or speculative.method in known else speculative.method
+    known = (None, *BY_TOKENS, *BY_MODEL, *BY_SAMPLED_STATES, *BY_STATES, EXPORT)
+    method = _method_of(vllm_config)
+    return None if method in known else method
 
 
 def export(vllm_config: Any) -> object:
     """The method of speculation, if it hands states out."""
-    speculative = vllm_config.speculative_config
-    return EXPORT if speculative is not None and speculative.method == EXPORT else None
+    return EXPORT if _method_of(vllm_config) == EXPORT else None
 
 
 def check_overrides(engine_args: Any) -> None:
@@ -64,8 +68,7 @@ class Drafts:
     """What the drafter of one worker reads of a sparse forward."""
 
     def __init__(self, vllm_config: Any) -> None:
-        speculative = vllm_config.speculative_config
-        self._reads_states = speculative is not None and speculative.method in BY_STATES
+        self._reads_states = _method_of(vllm_config) in BY_STATES
 
     def reads_end(self, told_layers: Sequence[int], num_layers: int) -> bool:
         """Whether the last layer's output is read of every row.

@@ -5,7 +5,6 @@ states (EAGLE, EAGLE-3, Medusa). All are random, but for the first, which is the
 dense: it guesses right where nothing of the prompt is skipped.
 """
 
-import random
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from tests.support.drafts import GUESSES, READ_LAYERS, write_eagle, write_eagle3, write_medusa
 from tests.support.models import SIZES, write_random
 from tests.support.reference import Reference, Rule, with_stand_ins
-from tests.support.replay import TOLERANCE, Engine, Job, Run, check, is_resumed
+from tests.support.replay import TOLERANCE, Engine, Job, answer, check, is_resumed
+from tests.support.words import Words
 
 pytestmark = pytest.mark.model
 
@@ -109,29 +109,6 @@ def reference(model: Any) -> Reference:
     return Reference(model, RULE)
 
 
-class Words:
-    """Random tokens, the same in every run."""
-
-    def __init__(self, seed: int) -> None:
-        self._draw = random.Random(seed)
-
-    def take(self, length: int) -> list[int]:
-        return [self._draw.randrange(5, 500) for _ in range(length)]
-
-
-def answer(prompt: list[int], tokens: int = 3, arrives: int = 0, **asked: Any) -> Job:
-    """A job that may find its prompt in the cache: none that wants its log-probabilities does."""
-    return Job(prompt, tokens, arrives, want_prompt_logprobs=False, **asked)
-
-
-def of_ratio(run: Run, ratio: float | None) -> Run:
-    """A run's requests that asked for this ratio."""
-    jobs = {name: job for name, job in run.jobs.items() if job.ratio == ratio}
-    return Run(
-        jobs, [[part for part in parts if part.request_id in jobs] for parts in run.forwards]
-    )
-
-
 def test_a_crowds_answers_are_the_targets(
     drafted: Drafted, reference: Reference, model: Any
 ) -> None:
@@ -150,8 +127,8 @@ def test_a_crowds_answers_are_the_targets(
         answer(words.take(1), 5, arrives=4),
     ]
     run = drafted.engine.run(jobs, budget=lambda step: (70, 120, 50)[step % 3])
-    check(of_ratio(run, None), reference, earlier)
-    check(of_ratio(run, 0.0), Reference(model, DENSE))
+    check(run.of_ratio(None), reference, earlier)
+    check(run.of_ratio(0.0), Reference(model, DENSE))
     assert run.chunks(jobs[0])[0].num_computed >= BLOCK_SIZE, "nothing was found in the cache"
     assert any(is_resumed(run, job) for job in jobs), "the KV cache was large enough"
     verified = [p for parts in run.forwards for p in parts if p.num_tokens == 1 + GUESSES]

@@ -24,7 +24,7 @@ CODE = """
 import torch
 from transformers import AutoModelForCausalLM
 from tests.support.reference import Reference, Rule
-from tests.support.replay import Engine, Job, Run, is_resumed, replay
+from tests.support.replay import Engine, Job, is_resumed, replay
 path, options, made_up, prompts = arguments
 
 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -51,9 +51,7 @@ donors = {}
 def compared(run):
     told = {"worst": 0.0, "compared": 0, "margin": 1.0}
     for ratio, reference in references.items():
-        mine = {name: job for name, job in run.jobs.items() if job.ratio == ratio}
-        forwards = [[part for part in f if part.request_id in mine] for f in run.forwards]
-        verdict = replay(Run(mine, forwards), reference, earlier=donors.setdefault(ratio, []))
+        verdict = replay(run.of_ratio(ratio), reference, earlier=donors.setdefault(ratio, []))
         donors[ratio] += verdict.requests.values()
         told["worst"] = max(told["worst"], verdict.worst)
         told["compared"] += verdict.compared

@@ -4,7 +4,6 @@ Where one token of a prompt is left, vLLM's scheduler pads the request with plac
 at once, and then reads the prompt's last row although it is not the request's last.
 """
 
-import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +22,12 @@ from tests.support.replay import (
     TOLERANCE,
     Engine,
     Job,
+    answer,
     check,
     is_resumed,
     replay,
 )
+from tests.support.words import Words
 
 pytestmark = pytest.mark.model
 
@@ -106,21 +107,6 @@ def sparse_steps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[li
     monkeypatch.setattr(orthorank, "forward", sparse)
     yield steps
     assert not any(missing)
-
-
-class Words:
-    """Random tokens, the same in every run."""
-
-    def __init__(self, seed: int) -> None:
-        self._draw = random.Random(seed)
-
-    def take(self, length: int) -> list[int]:
-        return [self._draw.randrange(5, 500) for _ in range(length)]
-
-
-def answer(prompt: list[int], tokens: int = 3, arrives: int = 0) -> Job:
-    """A job that may find its prompt in the cache: none that wants its log-probabilities does."""
-    return Job(prompt, tokens, arrives, want_prompt_logprobs=False)
 
 
 @pytest.mark.parametrize("requests", [1, 4])

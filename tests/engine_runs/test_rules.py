@@ -1,6 +1,5 @@
 """Rules and schedules of many kinds on a small model with random weights, against the reference."""
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tests.support.replay import (
     is_resumed,
     replay,
 )
+from tests.support.words import Words
 
 pytestmark = pytest.mark.model
 
@@ -93,16 +93,6 @@ def engine(served: Engine, rule: Rule) -> Iterator[Engine]:
 @pytest.fixture
 def reference(model: Any, rule: Rule) -> Reference:
     return Reference(model, rule)
-
-
-class Words:
-    """Random tokens, the same in every run."""
-
-    def __init__(self, seed: int) -> None:
-        self._draw = random.Random(seed)
-
-    def take(self, length: int) -> list[int]:
-        return [self._draw.randrange(5, 500) for _ in range(length)]
 
 
 @pytest.fixture

@@ -57,6 +57,11 @@ class Scheduled:
     num_tokens: int
 
 
+def answer(prompt: list[int], tokens: int = 3, arrives: int = 0, **asked: Any) -> Job:
+    """A job that may find its prompt in the cache: none that wants its log-probabilities does."""
+    return Job(prompt, tokens, arrives, want_prompt_logprobs=False, **asked)
+
+
 @dataclass
 class Run:
     """Jobs, and every forward that the scheduler made of them."""
@@ -68,6 +73,13 @@ class Run:
         """The parts of one job, in order."""
         wanted = next(name for name, other in self.jobs.items() if other is job)
         return [part for forward in self.forwards for part in forward if part.request_id == wanted]
+
+    def of_ratio(self, ratio: float | None) -> "Run":
+        """The requests that asked for this ratio."""
+        jobs = {name: job for name, job in self.jobs.items() if job.ratio == ratio}
+        return Run(
+            jobs, [[part for part in parts if part.request_id in jobs] for parts in self.forwards]
+        )
 
 
 def fused(rule: Rule) -> dict[int, FusedStandIn]:
