@@ -136,10 +136,10 @@ class OrthoRankConfig:
         """What a profile must have been measured with to tell what is lost."""
         return MeasuredRule(self.window, self.tail, self.wants_stand_in)
 
-    @property
+    @cached_property
     def keeps(self) -> tuple[float, ...]:
-        """The keeps of the layers, each once."""
-        return tuple(dict.fromkeys(keep for _, keep in self.layers if keep is not None))
+        """The keeps of the layers, in their order."""
+        return tuple(keep for _, keep in self.layers)
 
     @property
     def borders(self) -> Borders | None:
@@ -318,7 +318,7 @@ def ratio_of(layers: Sequence[LayerKeep], num_layers: int, stand_in_share: float
     Args:
         stand_in_share: see `Profile.share`.
     """
-    return sum(1 - (keep or 0.0) for _, keep in layers) * (1 - stand_in_share) / num_layers
+    return sum(1 - keep for _, keep in layers) * (1 - stand_in_share) / num_layers
 
 
 def _expected(profile: Profile, count: int) -> Cost | None:

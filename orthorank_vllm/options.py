@@ -21,17 +21,23 @@ MOST_WINDOW = 2**31 - 1
 
 
 class LayerKeep(NamedTuple):
-    """A selective layer, and the fraction of the tokens that it updates.
+    """A selective layer, and the fraction of the tokens that it updates."""
 
-    Attributes:
-        keep: None where it was not given.
-    """
+    layer: int
+    keep: float
+
+    def __str__(self) -> str:
+        return f"{self.layer}:{self.keep:.4g}"
+
+
+class GivenLayer(NamedTuple):
+    """A selective layer as a user gives it, with a keep of its own or None."""
 
     layer: int
     keep: float | None = None
 
     @classmethod
-    def read(cls, given: object) -> "LayerKeep":
+    def read(cls, given: object) -> "GivenLayer":
         """A layer such as 7, "7", "7:1/4" or (7, 0.25), or raise."""
         if isinstance(given, str):
             layer, has_keep, keep = given.partition(":")
@@ -42,7 +48,12 @@ class LayerKeep(NamedTuple):
         return cls(_integer(given))
 
     def __str__(self) -> str:
-        return str(self.layer) if self.keep is None else f"{self.layer}:{self.keep:.4g}"
+        return str(self.layer) if self.keep is None else str(LayerKeep(self.layer, self.keep))
+
+    def with_keep(self, common: float | None) -> LayerKeep:
+        """With its own keep, or the one of all layers, or the default one."""
+        default = DEFAULT_KEEP if common is None else common
+        return LayerKeep(self.layer, default if self.keep is None else self.keep)
 
 
 class OptionError(ValueError):
@@ -133,12 +144,12 @@ def _switch(value: object) -> bool:
     return value if isinstance(value, bool) else (OFF, ON).index(_of_type(value, str)) == 1
 
 
-def _layers(value: object) -> tuple[LayerKeep, ...]:
+def _layers(value: object) -> tuple[GivenLayer, ...]:
     items = value.split(",") if isinstance(value, str) else _of_type(value, Sequence)
-    return tuple(LayerKeep.read(item) for item in items)
+    return tuple(GivenLayer.read(item) for item in items)
 
 
-def _are_layers(given: tuple[LayerKeep, ...]) -> bool:
+def _are_layers(given: tuple[GivenLayer, ...]) -> bool:
     layers = {layer for layer, _ in given}
     keeps = (keep for _, keep in given if keep is not None)
     is_each_once = len(layers) == len(given) > 0
@@ -253,6 +264,7 @@ SHADOW = Option(
     _number,
     lambda number: 0 <= number <= 1,
     "give a number from 0 (none) to 1 (every prompt)",
+    0.0,
 )
 ENDPOINT = Option(
     "endpoint", "Let the server answer GET /orthorank: what it runs and has counted, as JSON."
@@ -291,11 +303,11 @@ class Options:
     tail: int
     aligned: bool
     stand_in: str
-    layers: tuple[LayerKeep, ...] | None
+    layers: tuple[GivenLayer, ...] | None
     profile: str | None
     calibrate_seconds: float
     attention: str
-    shadow: float | None
+    shadow: float
 
     @classmethod
     def from_mapping(cls, given: object) -> "Options":
@@ -341,10 +353,7 @@ class Options:
     @property
     def layer_keeps(self) -> tuple[LayerKeep, ...]:
         """The layers given by hand, each with a keep."""
-        default = DEFAULT_KEEP if self.keep is None else self.keep
-        return tuple(
-            LayerKeep(layer, default if keep is None else keep) for layer, keep in self.layers or ()
-        )
+        return tuple(layer.with_keep(self.keep) for layer in self.layers or ())
 
     def _check_together(self) -> None:
         if self.layers is not None and self.profile is not None:

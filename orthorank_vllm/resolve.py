@@ -68,7 +68,7 @@ def resolve(
         wants_stand_in=options.stand_in != OFF,
         num_layers=num_layers,
         attention=options.attention,
-        shadow=options.shadow or 0.0,
+        shadow=options.shadow,
     )
     if options.stand_in not in (AUTO, OFF):
         config = _with_given_stand_in(config, options.stand_in, model)
@@ -134,7 +134,7 @@ def _check_layers(options: Options, num_layers: int) -> None:
     option, asked = options.most_asked
     if asked is not None:
         reached = ratio_of(layers, num_layers)
-        one_layer = max(1 - (keep or 0.0) for _, keep in layers) / num_layers
+        one_layer = max(1 - keep for _, keep in layers) / num_layers
         if abs(reached - asked) > one_layer + 1e-9:
             raise LAYERS.rejected(
                 given,

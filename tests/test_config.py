@@ -76,7 +76,6 @@ def test_more_than_the_profile_has_is_all_of_it_and_known_beforehand() -> None:
 def test_a_keep_by_hand_is_every_layers_and_makes_the_profiles_costs_unknown() -> None:
     config = with_ratio(0.25, keep=THIRD)
     assert config.layers == tuple(LayerKeep(layer, THIRD) for layer in (9, 8, 3, 7))
-    assert config.keeps == (THIRD,)
     assert config.expected is None
     assert config.measured_on == "a" * 64
 
@@ -163,11 +162,11 @@ def test_auto_that_can_take_no_layer_says_so() -> None:
     assert "--orthorank-max-loss" in config.remedy
 
 
-def test_layers_stay_in_the_order_given_and_keeps_are_told_once() -> None:
+def test_layers_and_their_keeps_stay_in_the_order_given() -> None:
     layers = [LayerKeep(7, 0.25), LayerKeep(2, 0.0), LayerKeep(5, 0.25)]
     config = CONFIG.with_layers(layers, "--orthorank-layers")
     assert config.layers == tuple(layers)
-    assert config.keeps == (0.25, 0.0)
+    assert config.keeps == (0.25, 0.0, 0.25)
     assert config.ratio == pytest.approx(0.25)
 
 

@@ -16,6 +16,7 @@ from orthorank_vllm.options import (
     OFFLINE,
     OPTIONS,
     RATIO,
+    GivenLayer,
     LayerKeep,
     Option,
     OptionError,
@@ -34,7 +35,7 @@ def readme_rows() -> list[list[str]]:
 
 
 def written_default(option: Option, cell: str) -> object:
-    """The value of a README's default; `None` for none, which a ratio of 0 is too."""
+    """The value of a README's default; `None` for none, which 0 is too."""
     return (option.parse(cell.partition(":")[0]) or None) if cell else None
 
 
@@ -45,7 +46,7 @@ def test_the_readme_lists_every_option_with_its_key_and_default() -> None:
         [option.flag, option.name if option.name in OFFLINE else ""] for option in OPTIONS
     ]
     assert [written_default(option, row[2]) for option, row in zip(OPTIONS, rows, strict=True)] == [
-        option.default for option in OPTIONS
+        option.default or None for option in OPTIONS
     ]
 
 
@@ -180,7 +181,7 @@ def test_auto_may_have_a_loss_of_its_own() -> None:
 )
 def test_layers_may_be_written_in_many_ways(given: object) -> None:
     """Read again, as a flag's value is, they stay what they are."""
-    layers = (LayerKeep(20, 0.0), LayerKeep(21, 0.0), LayerKeep(12, 0.25), LayerKeep(7))
+    layers = tuple(GivenLayer(*each) for each in ((20, 0.0), (21, 0.0), (12, 0.25), (7,)))
     assert LAYERS.parse(given) == layers
     assert LAYERS.parse(layers) == layers
     assert LAYERS.parse(",".join(map(str, layers))) == layers

@@ -87,7 +87,7 @@ class Measured:
         wanted = sorted(set(candidates))
         missing = [each for each in wanted if key_of((*chosen, each)) not in self.known]
         if missing:
-            self.trial.start_step(_keeps(chosen))
+            self.trial.start_step(dict(chosen))
         for each in missing:
             self.before_trial()
             self.known[key_of((*chosen, each))] = self._measure((each,))
@@ -100,7 +100,7 @@ class Measured:
         key = key_of(chosen)
         if key not in self.known:
             self.before_trial()
-            self.trial.start_step(_keeps(chosen))
+            self.trial.start_step(dict(chosen))
             self.known[key] = self._measure(())
         return self.known[key]
 
@@ -172,7 +172,7 @@ class Measured:
         return hashlib.sha256(repr(list(self.samples)).encode()).hexdigest()
 
     def _measure(self, more: Layers) -> Losses:
-        losses = self.trial.losses_with(_keeps(more))
+        losses = self.trial.losses_with(dict(more))
         return Losses(
             tuple(_rounded(loss.kl / loss.tokens) for loss in losses),
             tuple(loss.found for loss in losses),
@@ -182,10 +182,6 @@ class Measured:
 def key_of(layers: Iterable[LayerKeep]) -> str:
     """A name of a choice of layers, whatever their order."""
     return ",".join(map(str, sorted(layers)))
-
-
-def _keeps(layers: Layers) -> dict[int, float]:
-    return {layer: keep or 0.0 for layer, keep in layers}
 
 
 def _rounded(number: float) -> float:

@@ -208,7 +208,7 @@ class Search:
         self.entries.append(
             Entry(
                 chosen.layer,
-                chosen.keep or 0.0,
+                chosen.keep,
                 cost=self.here.cost(losses),
                 held_back=self.held_back.cost(there),
             )
@@ -218,4 +218,4 @@ class Search:
 
 
 def _saved(each: LayerKeep) -> float:
-    return 1 - (each.keep or 0.0)
+    return 1 - each.keep

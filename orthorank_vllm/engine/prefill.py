@@ -187,7 +187,7 @@ class SparsePrefill:
             raise RuntimeError("OrthoRank was to choose its layers at start-up and has not")
         if self._counter is not None:
             self._renewal.say(self.config)
-        keeps = self._keeps
+        keeps = self.config.keeps
         if self.is_paused or not keeps:
             return None
         if any(keeps) and not (self._decoder.is_first and self._decoder.is_last):
@@ -195,11 +195,6 @@ class SparsePrefill:
         if self._drafts.reads_end(self._decoder.told_layers, self._decoder.last_layer + 1):
             batch = replace(batch, wants_all_rows=True)
         return make_plan(batch, keeps, self.config.window, self.config.tail)
-
-    @property
-    def _keeps(self) -> list[float]:
-        """The keeps of all selective layers, in their order."""
-        return [keep or 0.0 for _, keep in self.config.layers]
 
     def _with_known_sinks(self, batch: Batch, keeps: Sequence[float]) -> Batch:
         """Requests whose sink's state a pipeline stage lacks do not compete: it cannot compute it.
@@ -298,7 +293,7 @@ class SparsePrefill:
         self._needs_profile_run = False
         config = self.config
         for batch in profile_run_batches(
-            len(positions), self._max_num_seqs, self._keeps, config.tail
+            len(positions), self._max_num_seqs, config.keeps, config.tail
         ):
             plan = self.plan(batch)
             if plan is not None:

@@ -43,7 +43,7 @@ def _maker(config: OrthoRankConfig) -> str:
             stand_in = uuid.uuid4().hex
     decisive = {
         "rule": RULE,
-        "layers": sorted((layer, keep or 0.0) for layer, keep in config.layers),
+        "layers": sorted(config.layers),
         "default": config.num_default,
         "window": config.window,
         "tail": config.tail,

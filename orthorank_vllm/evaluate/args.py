@@ -12,12 +12,10 @@ from orthorank_vllm.evaluate.methods import METHODS
 from orthorank_vllm.evaluate.runs import Layers
 from orthorank_vllm.files import check_writable
 from orthorank_vllm.options import (
-    DEFAULT_KEEP,
     KEEP,
     LAYERS,
     RATIO,
     STAND_IN,
-    LayerKeep,
     OptionError,
 )
 from orthorank_vllm.selection.method import Method
@@ -248,8 +246,7 @@ def _parse_layers(arguments: argparse.Namespace, keep: float | None) -> Layers |
         raise OptionError(
             "--layers", arguments.layers, f"it excludes --profile {arguments.profile}; give one"
         )
-    default = DEFAULT_KEEP if keep is None else keep
-    return tuple(LayerKeep(layer, default if own is None else own) for layer, own in layers)
+    return tuple(layer.with_keep(keep) for layer in layers)
 
 
 def _parse_prompt_lens(value: str) -> list[int]:

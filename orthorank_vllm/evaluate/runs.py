@@ -90,7 +90,7 @@ class Run:
     @property
     def chosen(self) -> dict[int, float]:
         """The keep of each layer."""
-        return {layer: keep or 0.0 for layer, keep in self.layers}
+        return dict(self.layers)
 
     def is_like(self, other: "Run") -> bool:
         return (self.method, set(self.layers)) == (other.method, set(other.layers))

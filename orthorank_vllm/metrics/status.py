@@ -7,7 +7,7 @@ from typing import Any
 from prometheus_client import Metric
 
 from orthorank_vllm.metrics import definitions
-from orthorank_vllm.options import LayerKeep
+from orthorank_vllm.options import GivenLayer
 
 
 @dataclass
@@ -193,5 +193,5 @@ def _take(status: EngineStatus, name: str, labels: Mapping[str, str], value: flo
 
 def _layers_in(label: str) -> dict[int, float]:
     """The layers in a label such as "29:0,12:0.25", which is empty where there are none."""
-    read = [LayerKeep.read(text) for text in label.split(",") if text]
+    read = [GivenLayer.read(text) for text in label.split(",") if text]
     return {layer: keep for layer, keep in read if keep is not None}
