@@ -37,6 +37,7 @@ LONGEST_ANSWER = 24
 PATIENCE = 300.0
 # Of private memory, where a server answers as before.
 MOST_GROWTH_MB = 32.0
+UNANSWERED = (OSError, http.client.HTTPException, ValueError)
 KINDS = {"whole": 10, "stream": 4, "gone amid its prompt": 2, "gone amid its answer": 2}
 
 
@@ -91,7 +92,8 @@ class Server:
     def open(self, method: str, path: str, body: Any = None) -> http.client.HTTPConnection:
         """A connection on which a request was sent."""
         parts = urllib.parse.urlsplit(self.url)
-        assert parts.hostname is not None
+        if parts.hostname is None:
+            raise ValueError("that is no URL")
         connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=PATIENCE)
         headers = {"Content-Type": "application/json"}
         if self.api_key:
@@ -137,7 +139,7 @@ class Server:
                 else:
                     self._note(ask, Answer.of(json.loads(_checked(connection).read())["choices"]))
             self.done[kind] += 1
-        except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
+        except (*UNANSWERED, KeyError) as error:
             self.errors.append(f"{kind}, {len(ask.prompt)} tokens: {error!r}")
 
     def _note(self, ask: Ask, answer: Answer) -> None:
@@ -263,8 +265,6 @@ def soak(server: Server, arguments: argparse.Namespace) -> dict[str, Any]:
     stop.set()
     result: dict[str, Any] = {"requests": dict(server.done), "errors": server.errors[:20]}
     failed = ["requests failed"] if server.errors else []
-    if not wait_until_idle(server):
-        failed.append("it is not idle a minute after the last request")
     if arguments.pid and len(samples) < 6:
         failed.append("its memory was seen too seldom: load it for longer")
     elif samples:
@@ -273,15 +273,25 @@ def soak(server: Server, arguments: argparse.Namespace) -> dict[str, Any]:
         result["private_mb"] = medians
         if medians[2] - medians[1] > arguments.growth:
             failed.append(f"its private memory grew: {medians[1]:.0f} to {medians[2]:.0f} MB")
-    result["alone"] = compare(server, model, arguments.compare)
+    try:
+        failed += ask_afterwards(server, model, arguments.compare, result)
+    except UNANSWERED as error:
+        failed.append(f"it no longer answers ({error})")
+    return {**result, "failed": failed}
+
+
+def ask_afterwards(server: Server, model: str, most: int, result: dict[str, Any]) -> Iterator[str]:
+    """What is wrong once the load is over; the rest goes into the result."""
+    if not wait_until_idle(server):
+        yield "it is not idle a minute after the last request"
+    result["alone"] = compare(server, model, most)
     if result["alone"]["wrong"]:
-        failed.append("answers differ from those of the same requests alone")
+        yield "answers differ from those of the same requests alone"
     for name in ("/health", "/metrics"):
         server.get(name)
     if server.metric("orthorank_up") == 0:
-        failed.append("orthorank_up is 0")
-    preemptions = server.metric("vllm:num_preemptions_total")
-    return {**result, "preemptions": preemptions, "failed": failed}
+        yield "orthorank_up is 0"
+    result["preemptions"] = server.metric("vllm:num_preemptions_total")
 
 
 def main() -> None:
@@ -296,7 +306,12 @@ def main() -> None:
     parser.add_argument("--compare", type=int, default=100, help="answers, at most")
     parser.add_argument("--api-key", help="the server's")
     arguments = parser.parse_args()
-    result = soak(Server(arguments.url, arguments.api_key), arguments)
+    server = Server(arguments.url, arguments.api_key)
+    try:
+        server.get("/v1/models")
+    except UNANSWERED as error:
+        parser.error(f"no server answers at {arguments.url} ({error})")
+    result = soak(server, arguments)
     for line in result["failed"]:
         print(f"soak: {line}")
     print(json.dumps(result))

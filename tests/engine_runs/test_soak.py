@@ -77,6 +77,15 @@ def test_it_says_what_is_wrong(server: Server) -> None:
     assert "status 400" in json.loads(done.stdout.splitlines()[-1])["errors"][0]
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "127.0.0.1"])
+def test_no_server_is_told_in_one_line(url: str) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "soak.py"), url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert f"soak.py: error: no server answers at {url} (" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
 def test_a_server_whose_engine_is_killed_is_unhealthy_and_ends(server: Server) -> None:
     """So that whoever watches it starts another one. The last test here: nothing is left."""
     [engine] = [
