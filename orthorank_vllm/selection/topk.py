@@ -14,9 +14,6 @@ import torch
 from orthorank_vllm.selection.plan import Ints, Plan
 from orthorank_vllm.selection.quotas import Quota
 
-# Its exponential is a normal float32, and so is that of its negative.
-MOST_LOG = 80.0
-
 
 @dataclass(frozen=True)
 class SegmentedTopK:
@@ -114,7 +111,7 @@ def score_errors(errors: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor
     Returns:
         [C] float32, not negative; lower is more important.
     """
-    return errors.index_select(0, candidates).clamp_(-MOST_LOG, MOST_LOG).neg_().exp_()
+    return errors.index_select(0, candidates).neg_().exp_()
 
 
 def select(scores: torch.Tensor, top_k: SegmentedTopK) -> torch.Tensor:

@@ -33,14 +33,15 @@ class SegmentedTopKTriton:
         request: [C] index of each one's request.
         segments: [P x 4] of each segment its first candidate, its size, how many are chosen, and
             where those begin in the result.
-        forced_rows: [K] the result, but for the chosen.
+        selected: [K] the result: the rows that are selected in any case are there, and each choice
+            writes the others over those of the one before.
         window: positions per window, from 1 to `LARGEST_WINDOW`.
     """
 
     candidates: torch.Tensor
     request: torch.Tensor
     segments: torch.Tensor
-    forced_rows: torch.Tensor
+    selected: torch.Tensor
     window: int
 
     @staticmethod
@@ -58,9 +59,9 @@ class SegmentedTopKTriton:
             place = np.cumsum(top_k) - top_k + forced_before
             arrays.append(np.stack([start, size, top_k, place], axis=1).ravel())
             top_k_before = np.concatenate([[0], np.cumsum(top_k)])[segments_before]
-            forced_rows = np.zeros(quota.num_selected, dtype=np.int64)
-            forced_rows[np.arange(len(plan.forced_rows)) + top_k_before] = plan.forced_rows
-            arrays.append(forced_rows)
+            selected = np.zeros(quota.num_selected, dtype=np.int64)
+            selected[np.arange(len(plan.forced_rows)) + top_k_before] = plan.forced_rows
+            arrays.append(selected)
         return tuple(arrays)
 
     @classmethod
@@ -74,8 +75,8 @@ class SegmentedTopKTriton:
         """
         candidates, request, *of_quota = arrays
         return {
-            quota: cls(candidates, request, segments, forced_rows, plan.window)
-            for quota, segments, forced_rows in zip(
+            quota: cls(candidates, request, segments, selected, plan.window)
+            for quota, segments, selected in zip(
                 plan.scored, of_quota[::2], of_quota[1::2], strict=True
             )
         }
@@ -83,7 +84,7 @@ class SegmentedTopKTriton:
     def rows(
         self, residual: torch.Tensor, sink_rows: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor:
-        """Rows to update, ascending, by two kernels (rules 1 to 4)."""
+        """Rows to update, ascending, until the next choice: by two kernels (rules 1 to 4)."""
         candidates = len(self.candidates)
         scores = torch.empty(candidates, dtype=torch.float32, device=residual.device)
         _score[(triton.cdiv(candidates, SCORE_ROWS),)](
@@ -100,22 +101,22 @@ class SegmentedTopKTriton:
             ROWS=SCORE_ROWS,
             COLUMNS=SCORE_COLUMNS,
         )
-        return self._selected(scores)
+        return self._select(scores)
 
     def rows_by_error(self, errors: torch.Tensor) -> torch.Tensor:
-        """Rows to update, ascending: those of which most would be missed.
+        """Rows to update, ascending, until the next choice: of which most would be missed.
 
         Args:
             errors: see `topk.score_errors`.
         """
-        return self._selected(score_errors(errors, self.candidates))
+        return self._select(score_errors(errors, self.candidates))
 
-    def _selected(self, scores: torch.Tensor) -> torch.Tensor:
-        rows = self.forced_rows.clone()
+    def _select(self, scores: torch.Tensor) -> torch.Tensor:
+        size = triton.next_power_of_2(self.window)
         _select[(len(self.segments) // 4,)](
-            rows, scores, self.candidates, self.segments, SIZE=triton.next_power_of_2(self.window)
+            self.selected, scores, self.candidates, self.segments, SIZE=size
         )
-        return rows
+        return self.selected
 
 
 # What differs from step to step is not told apart: Triton would compile anew, in mid-service.

@@ -14,7 +14,8 @@ from tests.support.scripts import Script
 pytestmark = pytest.mark.model
 
 # Serves prompts in chunks and one from the prefix cache, then spoils the scores of all ranks but
-# the first and serves others. Only the first rank's scores may matter.
+# the first and serves another, at several ratios in one batch. Only the first rank's scores may
+# matter.
 SERVE = """
 import torch
 from prometheus_client import REGISTRY
@@ -65,7 +66,11 @@ counted = {
 from orthorank_vllm.offline import worker_calls
 fingerprints = engine.core.model_executor.collective_rpc(worker_calls.fingerprint)
 spoilt = engine.core.model_executor.collective_rpc(spoil)
-verdicts.append(replay(engine.run([Job(prompt) for prompt in spoiled_prompts]), reference))
+ratios = {0.0: 0, 0.05: 1, None: len(rule["layers"])}
+mixed = engine.run([Job(prompt, ratio=ratio) for prompt in spoiled_prompts for ratio in ratios])
+for ratio, count in ratios.items():
+    served = Rule.of({**rule, "layers": rule["layers"][:count]})
+    verdicts.append(replay(mixed.of_ratio(ratio), Reference(model, served)))
 answer({
     "worst": [verdict.worst for verdict in verdicts],
     "compared": sum(verdict.compared for verdict in verdicts),

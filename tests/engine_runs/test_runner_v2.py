@@ -88,6 +88,22 @@ def test_every_token_and_log_probability_is_v1s(
         assert all(abs(one - other) < TOLERANCE for one, other in pairs)
 
 
+def test_a_layer_launches_no_more_than_docs_performance_says(of_v2: Any) -> None:
+    """By kind: dense, some of its tokens computed, none, and the last one, none of its tokens read.
+
+    Break seen: the rows that are selected in any case copied for each layer.
+    """
+    launches = {
+        stand_ins: [sum(layer.values()) - layer["mul_"] for layer in layers]
+        for stand_ins, layers in of_v2["as on a GPU"]["launches"].items()
+    }
+    assert launches == {
+        "none": [10, 20, 16, 18],
+        "stand-ins": [10, 22, 18, 18],
+        "stand-ins' errors": [10, 23, 18, 18],
+    }
+
+
 def test_every_row_is_right_for_a_request_that_scores_tokens_of_its_prompt(of_v2: Any) -> None:
     """Break seen: the last layer's rows left out, as for a request that reads none of them."""
     told, scored = of_v2["on CPU"]["scored"]

@@ -100,6 +100,21 @@ class Cases:
             self.engine.forget_sinks()
         return found
 
+    def launches(self) -> dict[str, Any]:
+        """What each layer launches for a prompt, without stand-ins and with them."""
+        from tests.support.launches import launches_of_layers
+
+        orthorank = self.engine.model.orthorank
+        attention = orthorank.attention
+        found = {}
+        for name, rule in {"none": RULE, **RULES}.items():
+            self.engine.use(rule)
+            orthorank.attention = attention
+            with launches_of_layers() as launched:
+                self.serve([Job(self.words(100), 1, 0, False, ALL_LAYERS)])
+            found[name] = launched
+        return found
+
     def scored_twice(self) -> list[list[float]]:
         """A prompt's tokens as predictions, asked for by each of V2's two ways."""
         from vllm import SamplingParams
@@ -177,6 +192,8 @@ def cut_at_windows(folder: str, start_up: Any = None) -> dict[str, Any]:
     padded = [Job(prompt, 2, 0, False, 0.0), Job(cases.words(60), 2, 0, False, ALL_LAYERS)]
     found["padded"] = cases.serve(padded)
     found["guesses"] = cases.serve([Job(cases.words(6) * 6, 5, 0, False, ALL_LAYERS)])
+    if start_up is not None:
+        found["launches"] = cases.launches()
     found["runner"] = type(cases.engine.runner).__module__
     cases.engine.close()
     return found
