@@ -38,6 +38,7 @@ class OrthoRankConfig:
         ratio_asked: None where layers were given without one, or the ratio is to be found.
         max_ratio: the most that a request may ask for, where that is not the same.
         max_loss: what the ratio is to be found by; None where it is given.
+        min_prompt: tokens of a prompt below which nothing of it is skipped.
         aligned: whether prompts are to be cut at windows' ends alone; see `borders`.
         keep: of every layer, if given by hand.
         wants_stand_in: whether a profile is to bring what stands in for skipped updates.
@@ -61,6 +62,7 @@ class OrthoRankConfig:
     num_layers: int
     max_ratio: float | None = None
     max_loss: float | None = None
+    min_prompt: int = 0
     aligned: bool = True
     keep: float | None = None
     wants_stand_in: bool = False

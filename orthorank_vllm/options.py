@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 DEFAULT_KEEP = 1 / 3
 DEFAULT_WINDOW = 128
 DEFAULT_TAIL = 64
+# NOT MEASURED: up to some 170 tokens an H100 reads an 8B model's weights for longer than it
+# computes, so that skipping saves nothing, and stock vLLM has CUDA graphs.
+MIN_PROMPT_ON_GPU = 256
 DEFAULT_MAX_LOSS = 0.02
 AUTO = "auto"
 ON, OFF = "on", "off"
@@ -205,6 +208,14 @@ TAIL = Option(
     f"give a whole number of tokens from 1 to {MOST_WINDOW}",
     DEFAULT_TAIL,
 )
+MIN_PROMPT = Option(
+    "min_prompt",
+    "Tokens of a prompt below which nothing of it is skipped (default: "
+    f"{MIN_PROMPT_ON_GPU} on a GPU, 0 elsewhere).",
+    _integer,
+    lambda number: 0 <= number <= MOST_WINDOW,
+    f"give a whole number of tokens from 0 (none) to {MOST_WINDOW}",
+)
 ALIGNED = Option(
     "aligned",
     f"Whether prompts are cut into chunks, and reused, at windows' ends alone, so that the same "
@@ -270,7 +281,7 @@ ENDPOINT = Option(
     "endpoint", "Let the server answer GET /orthorank: what it runs and has counted, as JSON."
 )
 OPTIONS = (
-    *(RATIO, MAX_RATIO, MAX_LOSS, KEEP, WINDOW, TAIL, ALIGNED, STAND_IN, LAYERS),
+    *(RATIO, MAX_RATIO, MAX_LOSS, KEEP, WINDOW, TAIL, MIN_PROMPT, ALIGNED, STAND_IN, LAYERS),
     *(PROFILE, CALIBRATE_SECONDS, ATTENTION, SHADOW, ENDPOINT),
 )
 OFFLINE = {option.name: option for option in OPTIONS if option.read is not None}
@@ -301,6 +312,7 @@ class Options:
     keep: float | None
     window: int
     tail: int
+    min_prompt: int | None
     aligned: bool
     stand_in: str
     layers: tuple[GivenLayer, ...] | None

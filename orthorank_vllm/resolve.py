@@ -64,6 +64,7 @@ def resolve(
         keep=options.keep,
         window=options.window,
         tail=options.tail,
+        min_prompt=options.min_prompt or 0,
         aligned=options.aligned,
         wants_stand_in=options.stand_in != OFF,
         num_layers=num_layers,

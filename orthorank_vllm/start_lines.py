@@ -17,6 +17,8 @@ def start_up_line(config: OrthoRankConfig) -> str:
     window = f"window {config.window}" if config.window else "window: whole prompt"
     if not config.is_aligned:
         window += ", not aligned (what is computed of a prompt depends on load)"
+    if config.min_prompt:
+        window += f", prompts from {config.min_prompt} tokens"
     expected = "" if config.expected is None else f", expected loss {config.expected}"
     layers, more = config.default_layers, config.layers[config.num_default :]
     by_request = ""

@@ -81,9 +81,9 @@ class RequestFacts:
         self.first_embedding[slot] = None if begins_with_token else request.prompt_embeds[0]
         params = request.sampling_params
         self.wants_prompt[slot] = any(getattr(params, name, None) is not None for name in SCORING)
-        self.num_selective[slot] = num_selective(config, params)
         prompt, lora = request.prompt_token_ids, request.lora_request
         prompt_len = len(request.prompt_embeds if prompt is None else prompt)
+        self.num_selective[slot] = num_selective(config, params, prompt_len)
         self.shadow[slot] = shadow_of(config, request.req_id, request, prompt_len)
         self.lora_id[slot] = lora.lora_int_id if lora else 0
 
@@ -139,7 +139,7 @@ def batch_of_v1(runner: Any, config: OrthoRankConfig) -> Batch | None:
     selective = np.zeros(num_reqs, dtype=np.int64)
     for index in np.flatnonzero(is_in_prompt).tolist():
         request = runner.requests[inputs.req_ids[index]]
-        selective[index] = num_selective(config, request.sampling_params)
+        selective[index] = num_selective(config, request.sampling_params, int(prompt_len[index]))
     first_token = inputs.token_ids_cpu[:num_reqs, 0].astype(np.int64)
     first_embedding = {
         index: embeddings[0]

@@ -8,6 +8,7 @@ from orthorank_vllm.attention.backend import check_backend
 from orthorank_vllm.engine.alignment import align
 from orthorank_vllm.engine.connectors import with_ours
 from orthorank_vllm.engine.drafts import check_overrides
+from orthorank_vllm.engine.request_ratio import with_min_prompt
 from orthorank_vllm.engine.shadow import check_shadow
 from orthorank_vllm.engine.stores import with_maker
 from orthorank_vllm.engine.unsupported import check_supported
@@ -50,6 +51,7 @@ def configure(
     model = model_identity(vllm_config.model_config.hf_text_config)
     check_backend(options.attention, vllm_config.device_config.device_type)
     check_shadow(vllm_config, options)
+    options = with_min_prompt(options, vllm_config)
     has_weights = loads_weights(vllm_config.load_config)
     config = align(vllm_config, resolve(options, model, envs.VLLM_CACHE_ROOT, has_weights))
     kept = kept_profiles(envs.VLLM_CACHE_ROOT, model["config_sha256"], config.rule)

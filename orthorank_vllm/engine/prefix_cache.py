@@ -67,7 +67,7 @@ def keep_tails_out(manager: Any, config: OrthoRankConfig, block_size: int) -> No
     # Since 0.33 the scheduler may give a limit of its own, which reaches `up_to_tail` from there.
     def without_tail(request: Any, *limit: Any, **named_limit: Any) -> Any:
         nonlocal most, window
-        if is_dense(config, request.sampling_params):
+        if is_dense(config, request.sampling_params, request.num_prompt_tokens):
             most, window = request.num_tokens, 1
         else:
             window, tail = borders or Borders(1, config.tail)
@@ -98,7 +98,7 @@ def keep_tails_out(manager: Any, config: OrthoRankConfig, block_size: int) -> No
         shared = borders.shared
 
         def of_whole_windows(request: Any, num_computed_tokens: int) -> None:
-            if not is_dense(config, request.sampling_params):
+            if not is_dense(config, request.sampling_params, request.num_prompt_tokens):
                 num_computed_tokens = min(num_computed_tokens, shared(request.num_prompt_tokens))
             cache_blocks(request, num_computed_tokens)
 
@@ -116,7 +116,7 @@ def keep_ratios_apart(scheduler: Any, config: OrthoRankConfig) -> None:
     add_request = scheduler.add_request
 
     def salted(request: Any) -> None:
-        count = num_selective(config, request.sampling_params)
+        count = num_selective(config, request.sampling_params, request.num_prompt_tokens)
         if count != config.num_default:
             request.cache_salt = count, request.cache_salt
             request.block_hashes.clear()

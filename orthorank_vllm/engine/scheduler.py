@@ -37,7 +37,9 @@ class AlignedChunks:
 
     def _is_free(self, request: Any) -> bool:
         """Whether a request's chunks may end anywhere, as nothing of it is skipped."""
-        return self._config is None or is_dense(self._config, request.sampling_params)
+        return self._config is None or is_dense(
+            self._config, request.sampling_params, request.num_prompt_tokens
+        )
 
     def add_request(self, request: Any) -> None:
         if self.need_mamba_block_aligned_split and not self._is_free(request):

@@ -50,7 +50,7 @@ def shadow_of(
     if isinstance(original, tuple):
         return Shadow(original[0], is_rerun=True)
     # Position 0 and the tail are computed in any case.
-    may_skip = prompt_len > config.tail + 1 and not is_dense(config, params)
+    may_skip = prompt_len > config.tail + 1 and not is_dense(config, params, prompt_len)
     can_rerun = request.lora_request is None and request.prompt_embeds is None
     is_drawn = may_skip and can_rerun and _draw(request_id) < config.shadow
     return Shadow(request_id, is_rerun=False) if is_drawn else None

@@ -58,6 +58,7 @@ def test_the_flags_stand_in_a_group_of_their_own() -> None:
         "--orthorank-keep",
         "--orthorank-window",
         "--orthorank-tail",
+        "--orthorank-min-prompt",
         "--orthorank-aligned",
         "--orthorank-stand-in",
         "--orthorank-layers",

@@ -170,3 +170,38 @@ def test_a_sink_left_by_a_request_of_fewer_layers_serves_one_of_more(folder: str
     cold, cached, reused = Script(SINKS, folder, {**RULE, **MIXED}, BLOCK_SIZE).answer
     assert reused >= WINDOW
     assert worst_of([["", cold]], [["", cached]]) < TOLERANCE
+
+
+SHORT = """
+from tests.support.replay import Engine, Job
+path, rule, block_size, min_prompt = arguments
+engine = Engine(
+    path, enforce_eager=True, skip_tokenizer_init=True, max_model_len=512, block_size=block_size,
+    num_gpu_blocks_override=64, additional_config={"orthorank": {**rule, "min_prompt": min_prompt}},
+)
+long = [7 * n % 490 + 5 for n in range(300)]
+short = long[:min_prompt - 1]
+def served(tokens, ratio=None):
+    job = Job(tokens, 4, want_prompt_logprobs=False, ratio=ratio)
+    run = engine.run([job])
+    told = zip(job.generated, job.output.outputs[0].logprobs)
+    return [entry[token].logprob for token, entry in told], run.chunks(job)[0].num_computed
+alone, _ = served(long)
+dense, _ = served(short, 0.0)
+engine.llm.reset_prefix_cache()
+first, _ = served(short)
+again, reused = served(short)
+after, taken = served(long)
+answer([alone, after, taken, dense, first, again, reused, served(long, 0.0)[1]])
+"""
+
+
+def test_a_short_prompt_is_a_dense_request_and_shares_blocks_with_such_alone(folder: str) -> None:
+    """Break seen: blocks of which a request of ratio 0 finds none."""
+    answer = Script(SHORT, folder, {**RULE, **MIXED}, BLOCK_SIZE, 200).answer
+    alone, after, taken, dense, first, again, reused, taken_densely = answer
+    assert taken == 0
+    assert after == pytest.approx(alone, abs=TOLERANCE)
+    assert first == pytest.approx(dense, abs=TOLERANCE)
+    assert again == pytest.approx(dense, abs=TOLERANCE)
+    assert min(reused, taken_densely) >= 128
