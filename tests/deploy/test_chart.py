@@ -24,7 +24,14 @@ EVERYTHING: dict[str, Any] = {
     "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
     "prometheusRule": {"enabled": True},
     "dashboard": {"enabled": True},
-    "orthorank": {"ratio": 0.3, "keep": 0, "window": 0, "tail": 32, "layers": "29:0,26:1/4,14"},
+    "orthorank": {
+        "ratio": 0.3,
+        "keep": 0,
+        "window": 0,
+        "tail": 32,
+        "minPrompt": 0,
+        "layers": "29:0,26:1/4,14",
+    },
     "imagePullSecrets": [{"name": "registry"}],
     "priorityClassName": "serving",
     "lifecycle": {"preStop": {"exec": {"command": ["sleep", "10"]}}},
@@ -134,6 +141,7 @@ def test_the_server_gets_the_options() -> None:
     assert "--orthorank-keep=0" in args
     assert "--orthorank-window=0" in args
     assert "--orthorank-tail=32" in args
+    assert "--orthorank-min-prompt=0" in args
     assert "--orthorank-layers=29:0,26:1/4,14" in args
 
 
