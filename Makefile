@@ -139,8 +139,8 @@ gpu-check:
 	@echo "gpu-check: pytest -m gpu tests/gpu, then the steps of Llama 3 8B's shapes, by $(PYTHON)"
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu-check: torch has no GPU here")'
 	@$(PYTHON) -m pytest -m gpu tests/gpu $(ARGS)
-	@$(PYTHON) benchmarks/steps.py --shapes llama-3-8b --lengths 2048,8192,32768 --tokens 32768 \
-		--attention gather,triton --pairs 5
+	@for ratio in 0.3 0.5; do echo "gpu-check: ratio $$ratio"; $(PYTHON) benchmarks/steps.py --shapes llama-3-8b \
+		--ratio $$ratio --lengths 512,2048,8192,32768 --tokens 32768 --attention gather,triton --pairs 5 || exit 1; done
 
 $(DEPLOY_STAMP): requirements/deploy.lock
 	@echo "deploy: installing into $(DEPLOY_VENV) (750 MB)"

@@ -77,7 +77,7 @@ class SmallModel:
             max_num_seqs=16,
             # Not of all requests together: a later one finds the pages of an earlier one.
             enable_prefix_caching=True,
-            additional_config={"orthorank": {"layers": SELECTIVE, "tail": TAIL}},
+            additional_config={"orthorank": {"layers": SELECTIVE, "tail": TAIL, "min_prompt": 0}},
             **options,
         )
         core: Any = self._llm.llm_engine.engine_core
