@@ -83,7 +83,7 @@ def check_ratio(
     if is_session and config is not None and config.min_prompt:
         raise RequestError(
             f"a prompt that comes in parts: not possible in a server with {MIN_PROMPT.flag} "
-            f"{config.min_prompt}, as its length is not known"
+            f"{config.min_prompt}, as its length is not known; that server has to be given 0"
         )
     if asked is None:
         return
