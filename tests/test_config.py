@@ -76,6 +76,7 @@ def test_more_than_the_profile_has_is_all_of_it_and_known_beforehand() -> None:
 def test_a_keep_by_hand_is_every_layers_and_makes_the_profiles_costs_unknown() -> None:
     config = with_ratio(0.25, keep=THIRD)
     assert config.layers == tuple(LayerKeep(layer, THIRD) for layer in (9, 8, 3, 7))
+    assert config.keeps == (THIRD,) * 4
     assert config.expected is None
     assert config.measured_on == "a" * 64
 

@@ -35,8 +35,9 @@ def readme_rows() -> list[list[str]]:
 
 
 def written_default(option: Option, cell: str) -> object:
-    """The value of a README's default; `None` for none, which 0 is too."""
-    return (option.parse(cell.partition(":")[0]) or None) if cell else None
+    """The value of a README's default; `None` for none, which a ratio of 0 is too."""
+    written = option.parse(cell.partition(":")[0]) if cell else None
+    return None if option is RATIO and written == 0 else written
 
 
 def test_the_readme_lists_every_option_with_its_key_and_default() -> None:
@@ -46,7 +47,7 @@ def test_the_readme_lists_every_option_with_its_key_and_default() -> None:
         [option.flag, option.name if option.name in OFFLINE else ""] for option in OPTIONS
     ]
     assert [written_default(option, row[2]) for option, row in zip(OPTIONS, rows, strict=True)] == [
-        option.default or None for option in OPTIONS
+        option.default for option in OPTIONS
     ]
 
 

@@ -44,7 +44,6 @@ def launches_of_layers() -> Iterator[list[Counter[str]]]:
     """
     found: list[Counter[str]] = []
     forward, run = DecoderLayer.forward, GridExecutor.__call__
-
     layers: list[Counter[str]] = []
 
     def counted_forward(*args: Any, **kwargs: Any) -> Any:
